@@ -1,0 +1,78 @@
+"""The gated global memory in PyTorch: twin of `reference/global_memory.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reference.config import MemoryConfig
+
+from .layers import Weights, adapter, linear, rms_norm, sigmoid
+
+__all__ = ["candidate", "gate", "read_global", "update_global"]
+
+
+def candidate(readout: Tensor, weights: Weights, eps: float | None) -> Tensor:
+    """candidate = rms_norm(R'). Twin of `reference.global_memory.candidate`.
+
+    Args:
+        readout: [b, m, d], the layer's output at the readout tokens.
+        weights: "norm" [d].
+        eps: see `rms_norm`.
+
+    Returns:
+        [b, m, d].
+    """
+    return rms_norm(readout, weights["norm"], eps)
+
+
+def gate(candidate: Tensor, state: Tensor, weights: Weights, saturation: float) -> Tensor:
+    """g = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation). Twin of
+    `reference.global_memory.gate`.
+
+    Args:
+        candidate, state: [b, m, d].
+        weights: "gate" [1, 2d] (scalar) or [d, 2d] (vector), and "gate_bias" where there is one.
+        saturation: in (0, 1]; 1.0 is the published gate.
+
+    Returns:
+        [b, m, 1] (scalar) or [b, m, d] (vector), in [0, 1]: the share of the old state kept.
+    """
+    bias = weights["gate_bias"] if "gate_bias" in weights else None
+    logit = linear(torch.cat([candidate, state], dim=-1), weights["gate"], bias)
+    g = sigmoid(logit)
+    return g if saturation == 1.0 else torch.clamp(g / saturation, max=1.0)
+
+
+def update_global(
+    state: Tensor | None, readout: Tensor, weights: Weights, config: MemoryConfig
+) -> Tensor:
+    """S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk. Twin of
+    `reference.global_memory.update_global`.
+
+    Args:
+        state: [b, m, d], or None on the first chunk.
+        readout: [b, m, d], R'.
+        weights: a layer's "global_memory".
+
+    Returns:
+        [b, m, d].
+    """
+    new = candidate(readout, weights, config.global_norm_eps)
+    if state is None:
+        return new
+    g = gate(new, state, weights, config.gate_saturation)
+    return g * state + (1 - g) * new
+
+
+def read_global(state: Tensor, weights: Weights) -> Tensor:
+    """G = adapter_g(S): what the next chunk sees. Twin of `reference.global_memory.read_global`.
+
+    Args:
+        state: [b, m, d].
+        weights: "adapter_down" [r, d], "adapter_up" [d, r].
+
+    Returns:
+        [b, m, d].
+    """
+    return adapter(state, weights)

@@ -1,0 +1,292 @@
+"""The decoder layer in PyTorch: twin of `reference/layers.py`, with a batch axis in front.
+
+Shapes: b sequences, n new slots, p slots of the row already read, d hidden, h query heads,
+k key and value heads, e head width. Statistics of norms and rotary tables are computed in
+float32 or wider and cast back, whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reference.config import BackboneConfig
+
+__all__ = [
+    "adapter",
+    "append_slots",
+    "attention",
+    "decoder_layer",
+    "linear",
+    "merge_heads",
+    "project_keys_values",
+    "project_memory",
+    "rms_norm",
+    "rotary_frequencies",
+    "rotary_table",
+    "rotate",
+    "sigmoid",
+    "split_heads",
+    "swiglu",
+]
+
+Weights = Mapping[str, Any]
+"""Tensors by name, nested: a dict, or the `ParameterTree` of a model."""
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32 if its dtype is narrower, else x itself."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), elementwise. Twin of `reference.layers.sigmoid`."""
+    return torch.sigmoid(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b over the last axis. Twin of `reference.layers.linear`.
+
+    Args:
+        x: [..., i] any float dtype.
+        weight: [o, i] of the same dtype.
+        bias: [o] or None.
+
+    Returns:
+        [..., o].
+    """
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. Twin of `reference.layers.rms_norm`.
+
+    Args:
+        x: [..., d] any float dtype; the statistic is computed in float32 or wider.
+        weight: [d].
+        eps: added to the mean square; None is the computing dtype's machine epsilon.
+
+    Returns:
+        [..., d] in x's dtype.
+    """
+    wide = widen(x)
+    if eps is None:
+        eps = torch.finfo(wide.dtype).eps
+    if wide is x:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.rms_norm(wide, x.shape[-1:], None, eps).to(x.dtype) * weight
+
+
+def adapter(x: Tensor, weights: Weights) -> Tensor:
+    """x + W_up (W_down x): the low-rank residual adapter. Twin of `reference.layers.adapter`.
+
+    Args:
+        x: [..., d].
+        weights: "adapter_down" [r, d] and "adapter_up" [d, r].
+
+    Returns:
+        [..., d].
+    """
+    return x + linear(linear(x, weights["adapter_down"]), weights["adapter_up"])
+
+
+def rotary_frequencies(config: BackboneConfig) -> Tensor:
+    """Angle per position of every rotary pair. Twin of `reference.layers.rotary_frequencies`.
+
+    Returns:
+        [e / 2] float64, radians per position, on the CPU.
+
+    Source: RoFormer (arXiv 2104.09864); "linear" and "llama3" scaling as Hugging Face names them.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponent
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        keep = torch.clamp((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * (keep + (1 - keep) / scaling["factor"])
+    return frequencies
+
+
+def rotary_table(positions: Tensor, config: BackboneConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles. Twin of `reference.layers.rotary_table`.
+
+    Args:
+        positions: [n] or [b, n] integer, on the CPU, so that no device needs float64.
+
+    Returns:
+        (cos, sin), each [..., n, e / 2] float64 on the CPU.
+    """
+    angles = positions[..., None].to(torch.float64) * rotary_frequencies(config)
+    return torch.cos(angles), torch.sin(angles)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions, half-rotation form. Twin of `reference.layers.rotate`.
+
+    Args:
+        x: [b, heads, n, e].
+        rotation: (cos, sin), each [n, e / 2] or [b, n, e / 2], float32 or wider.
+
+    Returns:
+        [b, heads, n, e] in x's dtype: pairs (x_j, x_{j + e/2}) turned by their slot's angles.
+    """
+    cos, sin = (part if part.dim() == 2 else part[:, None] for part in rotation)
+    first, second = widen(x).chunk(2, dim=-1)  # [b, heads, n, e / 2] each
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[b, n, heads * e] -> [b, heads, n, e]. Twin of `reference.layers.split_heads`."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[b, heads, n, e] -> [b, n, heads * e]. Twin of `reference.layers.merge_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def append_slots(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+    """Keys or values of a row with those of its new slots: index = position in the row.
+
+    Args:
+        past: [b, k, p, e], the row so far.
+        new: [b, k, n, e].
+        positions: [n], all rows alike and continuing at p, or [b, n], where each row continues
+            at its own length; a padding slot has position p + n.
+
+    Returns:
+        [b, k, p + n, e]: behind a row's own length, zeros. `past` is not written to.
+    """
+    if positions.dim() == 1:
+        return torch.cat([past, new], dim=2)
+    room = F.pad(past, (0, 0, 0, new.shape[2] + 1))  # one more, where padding goes
+    index = positions[:, None, :, None].expand_as(new)
+    return room.scatter(2, index, new)[:, :, :-1]
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(e)) v, a slot seeing every slot up to itself. Twin of
+    `reference.layers.attention`.
+
+    Args:
+        queries: [b, h, n, e] of the new slots, rotated.
+        keys, values: [b, k, p, e] of the whole row; h is a multiple of k.
+        positions: [n] or [b, n], positions of the new slots; a key's index is its position.
+
+    Returns:
+        [b, h, n, e].
+    """
+    n, p = queries.shape[2], keys.shape[2]
+    grouped = queries.shape[1] != keys.shape[1]
+    if positions.dim() == 1 and n == p:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=grouped
+        )
+    visible = torch.arange(p, device=positions.device) <= positions[..., None]  # [(b,) n, p]
+    if positions.dim() == 2:
+        visible = visible[:, None]  # [b, 1, n, p]
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=visible, enable_gqa=grouped
+    )
+
+
+def swiglu(x: Tensor, weights: Weights) -> Tensor:
+    """W_down (silu(W_gate x) * W_up x). Twin of `reference.layers.swiglu`.
+
+    Args:
+        x: [..., d].
+        weights: "gate_proj" and "up_proj" [f, d], "down_proj" [d, f].
+
+    Returns:
+        [..., d].
+    """
+    product = F.silu(linear(x, weights["gate_proj"])) * linear(x, weights["up_proj"])
+    return linear(product, weights["down_proj"])
+
+
+def project_keys_values(
+    normed: Tensor, rotation: tuple[Tensor, Tensor], weights: Weights, config: BackboneConfig
+) -> tuple[Tensor, Tensor]:
+    """Keys (rotated) and values of slots. Twin of `reference.layers.project_keys_values`.
+
+    Args:
+        normed: [b, n, d], after the layer's input norm.
+        rotation: (cos, sin) of the slots' positions.
+        weights: "k_proj", "v_proj", and as configured "k_bias", "v_bias", "k_norm".
+
+    Returns:
+        keys, values, each [b, k, n, e].
+    """
+    keys = linear(normed, weights["k_proj"], weights["k_bias"] if config.attention_bias else None)
+    values = linear(normed, weights["v_proj"], weights["v_bias"] if config.attention_bias else None)
+    keys = split_heads(keys, config.num_key_value_heads)
+    if config.qk_norm:
+        keys = rms_norm(keys, weights["k_norm"], config.rms_norm_eps)
+    return rotate(keys, rotation), split_heads(values, config.num_key_value_heads)
+
+
+def project_memory(
+    memory: Tensor, rotation: tuple[Tensor, Tensor], weights: Weights, config: BackboneConfig
+) -> tuple[Tensor, Tensor]:
+    """Memory slots as keys and values, which is all a row ever needs of them.
+
+    The decoder layer's output at a memory slot is dropped, so its query, attention, output
+    projection and MLP are never computed. Exact, because a slot's key and value depend on that
+    slot alone. The reference runs the slots through the whole layer instead.
+
+    Args:
+        memory: [b, slots, d], global then temporary memory.
+        rotation: (cos, sin) of positions 0 .. slots - 1.
+
+    Returns:
+        keys, values, each [b, k, slots, e].
+    """
+    normed = rms_norm(memory, weights["input_layernorm"], config.rms_norm_eps)
+    return project_keys_values(normed, rotation, weights, config)
+
+
+def decoder_layer(
+    hidden: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    weights: Weights,
+    config: BackboneConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pre-norm decoder layer over new slots of a row. Twin of
+    `reference.layers.decoder_layer`.
+
+    Args:
+        hidden: [b, n, d], the new slots.
+        keys, values: [b, k, p, e], the row so far at this layer.
+        positions: [n] or [b, n], see `append_slots`.
+        rotation: (cos, sin) of those positions, see `rotary_table`.
+        weights: one layer's tensors.
+
+    Returns:
+        hidden [b, n, d], keys and values [b, k, p + n, e] of the row with the new slots.
+    """
+    normed = rms_norm(hidden, weights["input_layernorm"], config.rms_norm_eps)
+    queries = linear(normed, weights["q_proj"], weights["q_bias"] if config.attention_bias else None)
+    queries = split_heads(queries, config.num_attention_heads)
+    if config.qk_norm:
+        queries = rms_norm(queries, weights["q_norm"], config.rms_norm_eps)
+    queries = rotate(queries, rotation)
+    new_keys, new_values = project_keys_values(normed, rotation, weights, config)
+    keys = append_slots(keys, new_keys, positions)
+    values = append_slots(values, new_values, positions)
+    mixed = merge_heads(attention(queries, keys, values, positions))
+    hidden = hidden + linear(mixed, weights["o_proj"])
+    normed = rms_norm(hidden, weights["post_attention_layernorm"], config.rms_norm_eps)
+    return hidden + swiglu(normed, weights), keys, values

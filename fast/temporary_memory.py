@@ -1,0 +1,59 @@
+"""The FIFO temporary memory in PyTorch: twin of `reference/temporary_memory.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reference.config import MemoryConfig
+
+from .layers import Weights, adapter, rms_norm
+
+__all__ = ["compress", "update_temporary"]
+
+
+def compress(compression: Tensor, weights: Weights, eps: float) -> Tensor:
+    """Queue entries adapter_t(rms_norm_t(C')). Twin of `reference.temporary_memory.compress`.
+
+    Args:
+        compression: [b, c, d], the layer's output at the compression tokens.
+        weights: "norm" [d], "adapter_down" [r, d], "adapter_up" [d, r].
+        eps: added to the mean square.
+
+    Returns:
+        [b, c, d].
+    """
+    return adapter(rms_norm(compression, weights["norm"], eps), weights)
+
+
+def update_temporary(
+    queue: Tensor,
+    compression: Tensor,
+    weights: Weights,
+    config: MemoryConfig,
+    counts: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """T_{t+1} = newest B of [T_t ; adapter_t(rms_norm_t(C'))]. Twin of
+    `reference.temporary_memory.update_temporary`.
+
+    Args:
+        queue: [b, q, d], oldest first.
+        compression: [b, c, d], C', in the order of the text.
+        weights: a layer's "temporary_memory".
+        counts: None where every row is full, else how many of each row's leading slots are
+            entries: ([b] of the queue, [b] of the compression tokens), integers.
+
+    Returns:
+        [b, min(B, q + c), d]; row i's min(B, queue + compression) entries come first.
+    """
+    entries = compress(compression, weights, config.temporary_norm_eps)
+    both = torch.cat([queue, entries], dim=1)
+    size = min(config.temporary_memory_size, both.shape[1])
+    if counts is None:
+        return both[:, both.shape[1] - size :]
+    old, new = (count[:, None] for count in counts)
+    dropped = (old + new - config.temporary_memory_size).clamp(min=0)
+    source = torch.arange(size, device=both.device) + dropped  # [b, size], into queue then entries
+    source = torch.where(source < old, source, source - old + queue.shape[1])
+    source = source.clamp(max=both.shape[1] - 1)  # slots behind a row's last entry: any value
+    return both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))

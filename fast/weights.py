@@ -1,0 +1,348 @@
+"""Checkpoints: safetensors and JSON in and out, under our names and the published ones.
+
+Nothing is ever unpickled and no code is run. Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
+from reference.parameters import map_parameters, named_parameters, shapes
+
+from .files import atomic_save, atomic_write
+from .layers import Weights
+from .parameters import check_weights, to_arrays
+
+__all__ = [
+    "PublishedIds",
+    "load_arrays",
+    "load_checkpoint",
+    "load_published",
+    "save_checkpoint",
+    "save_published",
+]
+
+CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PUBLISHED_RANK = 8
+"""Adapter rank that the published code knows."""
+
+
+def save_checkpoint(folder: Path, config: CoMeTConfig, weights: Weights) -> None:
+    """Write config.json and model.safetensors under our names.
+
+    Args:
+        folder: made where it does not exist; files in it are replaced.
+        weights: nested dict or `ParameterTree` of tensors.
+    """
+    tensors = {name: _leaf(weights, name).detach() for name in named_parameters(shapes(config))}
+    atomic_save(folder / MODEL, tensors, {"format": "pt"})
+    atomic_write(folder / CONFIG, config.to_json())
+
+
+def load_checkpoint(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
+    """Read a checkpoint of either naming.
+
+    Returns:
+        The config, and a nested dict of tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is cut short, foreign, or does not fit the config.
+    """
+    data = _read_json(folder / CONFIG)
+    if "temp_beacon_id" in data:
+        config, weights, _ = load_published(folder)
+        return config, weights
+    if "backbone" not in data:
+        raise ValueError(
+            f"{folder / CONFIG} is neither a CoMeT config (keys 'backbone' and 'memory') nor an "
+            f"official CoMeT checkpoint's (key 'temp_beacon_id'); it has {sorted(data)[:8]}."
+        )
+    config = CoMeTConfig.from_dict(data)
+    tensors = _read_tensors(folder)
+    unknown = sorted(set(tensors) - set(named_parameters(shapes(config))))
+    if unknown:
+        raise ValueError(f"{folder / MODEL} holds {unknown[:4]}, which the config has no place for.")
+    weights = map_parameters(lambda name, _: _fetch(tensors, name, name, folder), shapes(config))
+    check_weights(weights, config)
+    return config, weights
+
+
+def load_arrays(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
+    """`load_checkpoint` as NumPy arrays, for the reference; bfloat16 becomes float32."""
+    config, weights = load_checkpoint(folder)
+
+    def widened(_: str, tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+    return config, to_arrays(map_parameters(widened, weights))
+
+
+@dataclass(frozen=True)
+class PublishedIds:
+    """Rows of the published embedding table that are not text."""
+
+    compression: int
+    """temp_beacon_id."""
+
+    readout: tuple[int, ...]
+    """global_beacon_ids."""
+
+    placeholder: int
+    """placeholder_id, which stands where memory slots go."""
+
+
+def load_published(folder: Path) -> tuple[CoMeTConfig, dict[str, Any], PublishedIds]:
+    """Read an official CoMeT checkpoint.
+
+    The compression and readout embeddings are copied out of the embedding table, whose rows stay
+    where they are, so that ids and logits are the published ones.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`.
+    """
+    data = _read_json(folder / CONFIG)
+    tensors = _read_tensors(folder)
+    config = _published_config(data, tensors, folder)
+    ids = PublishedIds(
+        int(data["temp_beacon_id"]),
+        tuple(int(i) for i in data["global_beacon_ids"]),
+        int(data["placeholder_id"]),
+    )
+    table = _fetch(tensors, "model.embed_tokens.weight", "embed_tokens", folder)
+    used = [ids.compression] * config.memory.has_temporary + list(ids.readout)
+    if any(not 0 <= i < len(table) for i in used):
+        raise ValueError(
+            f"{folder / CONFIG} puts special tokens at {used}, outside the table's {len(table)} rows."
+        )
+
+    def fetch(name: str, _: Any) -> Tensor:
+        if name == "compression_embedding":
+            return table[ids.compression].clone()
+        if name == "readout_embeddings":
+            return table[list(ids.readout)].clone()
+        return _fetch(tensors, _published_name(name), name, folder)
+
+    weights = map_parameters(fetch, shapes(config))
+    check_weights(weights, config)
+    return config, weights, ids
+
+
+def save_published(
+    folder: Path, config: CoMeTConfig, weights: Weights, ids: PublishedIds | None = None
+) -> PublishedIds:
+    """Write an official CoMeT checkpoint.
+
+    The compression and readout embeddings become rows of the table. Where the output is tied to
+    it, those rows are their logits too, which nothing reads.
+
+    Args:
+        ids: the rows; None appends new ones behind the vocabulary.
+
+    Returns:
+        The rows used.
+
+    Raises:
+        ValueError: the model has what the published code does not know (a vector gate, a bias or
+            saturation of the gate, no q/k norm, another adapter rank), or ids do not fit.
+    """
+    memory, backbone = config.memory, config.backbone
+    _check_publishable(config)
+    table = weights["embed_tokens"].detach()
+    head = None if backbone.tie_word_embeddings else weights["lm_head"].detach()
+    vocab = len(table)
+    if ids is None:
+        extra = 2 + memory.global_memory_size
+        ids = PublishedIds(vocab, tuple(range(vocab + 1, vocab + extra - 1)), vocab + extra - 1)
+        table = torch.cat([table, table.new_zeros(extra, table.shape[1])])
+        head = None if head is None else torch.cat([head, head.new_zeros(extra, head.shape[1])])
+    rows = [ids.compression, *ids.readout, ids.placeholder]
+    if len(ids.readout) != memory.global_memory_size or max(rows) >= len(table) or min(rows) < 0:
+        raise ValueError(
+            f"ids are {ids}; expected {memory.global_memory_size} readout rows, all rows in "
+            f"[0, {len(table)})."
+        )
+    table = table.clone()
+    if memory.has_temporary:
+        table[ids.compression] = weights["compression_embedding"].detach()
+    if memory.has_global:
+        table[list(ids.readout)] = weights["readout_embeddings"].detach()
+    tensors = {}
+    for name in named_parameters(shapes(config)):
+        if name not in ("compression_embedding", "readout_embeddings"):
+            tensors[_published_name(name)] = _leaf(weights, name).detach()
+    tensors["model.embed_tokens.weight"] = table
+    if head is not None:
+        tensors["lm_head.weight"] = head
+    data = {
+        "architectures": ["MemQwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "vocab_size": len(table),
+        "chunk_size": memory.chunk_size,
+        "temp_beacon_stride": memory.compression_stride or -1,
+        "temp_mem_budget": memory.temporary_memory_size,
+        "temp_beacon_id": ids.compression,
+        "global_beacon_ids": list(ids.readout),
+        "placeholder_id": ids.placeholder,
+        "torch_dtype": str(table.dtype).removeprefix("torch."),
+    }
+    data |= {name: getattr(backbone, name) for name in SHARED_FIELDS}
+    atomic_save(folder / MODEL, tensors, {"format": "pt"})
+    atomic_write(folder / CONFIG, json.dumps(data, indent=2) + "\n")
+    return ids
+
+
+SHARED_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "attention_bias",
+    "tie_word_embeddings",
+)
+"""Fields of BackboneConfig that the published config has under the same name."""
+
+
+def _published_config(data: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> CoMeTConfig:
+    needed = (
+        *("vocab_size", "chunk_size", "temp_beacon_stride", "temp_mem_budget"),
+        *("global_beacon_ids", "placeholder_id"),
+        *(name for name in SHARED_FIELDS if name != "rope_scaling"),
+    )
+    missing = [name for name in needed if name not in data]
+    if missing:
+        raise ValueError(f"{folder / CONFIG} lacks {missing}; is the file whole?")
+    down = [t for name, t in tensors.items() if name.endswith("down_proj.weight") and "_net." in name]
+    return CoMeTConfig(
+        BackboneConfig(
+            vocab_size=data["vocab_size"],
+            qk_norm=True,
+            **{name: data.get(name) for name in SHARED_FIELDS},
+        ),
+        MemoryConfig(
+            chunk_size=data["chunk_size"],
+            global_memory_size=len(data["global_beacon_ids"]),
+            temporary_memory_size=data["temp_mem_budget"],
+            compression_stride=max(data["temp_beacon_stride"], 0),
+            adapter_rank=len(down[0]) if down else PUBLISHED_RANK,
+        ),
+    )
+
+
+def _check_publishable(config: CoMeTConfig) -> None:
+    memory, backbone = config.memory, config.backbone
+    found = {
+        "memory.gate": (memory.gate, "scalar"),
+        "memory.gate_bias": (memory.gate_bias, False),
+        "memory.gate_saturation": (memory.gate_saturation, 1.0),
+        "memory.adapter_rank": (memory.adapter_rank, PUBLISHED_RANK),
+        "memory.global_norm_eps": (memory.global_norm_eps, None),
+        "memory.temporary_norm_eps": (memory.temporary_norm_eps, 1e-12),
+        "backbone.qk_norm": (backbone.qk_norm, True),
+    }
+    for name, (value, known) in found.items():
+        if value != known:
+            raise ValueError(
+                f"{name} is {value!r}; the published code knows {known!r} only. Save the model "
+                "with save_pretrained instead."
+            )
+
+
+LAYER_NAMES = {
+    "q_proj": "inner_layer.self_attn.q_proj.weight",
+    "k_proj": "inner_layer.self_attn.k_proj.weight",
+    "v_proj": "inner_layer.self_attn.v_proj.weight",
+    "o_proj": "inner_layer.self_attn.o_proj.weight",
+    "q_bias": "inner_layer.self_attn.q_proj.bias",
+    "k_bias": "inner_layer.self_attn.k_proj.bias",
+    "v_bias": "inner_layer.self_attn.v_proj.bias",
+    "q_norm": "inner_layer.self_attn.q_norm.weight",
+    "k_norm": "inner_layer.self_attn.k_norm.weight",
+    "gate_proj": "inner_layer.mlp.gate_proj.weight",
+    "up_proj": "inner_layer.mlp.up_proj.weight",
+    "down_proj": "inner_layer.mlp.down_proj.weight",
+    "input_layernorm": "inner_layer.input_layernorm.weight",
+    "post_attention_layernorm": "inner_layer.post_attention_layernorm.weight",
+    "global_memory.norm": "global_memory_net.norm.weight",
+    "global_memory.gate": "global_memory_net.g_proj.weight",
+    "global_memory.adapter_down": "global_memory_net.o_proj.down_proj.weight",
+    "global_memory.adapter_up": "global_memory_net.o_proj.up_proj.weight",
+    "temporary_memory.norm": "temp_memory_net.0.weight",
+    "temporary_memory.adapter_down": "temp_memory_net.1.down_proj.weight",
+    "temporary_memory.adapter_up": "temp_memory_net.1.up_proj.weight",
+}
+"""Our name of a layer's weight -> the published one."""
+
+TOP_NAMES = {
+    "embed_tokens": "model.embed_tokens.weight",
+    "norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
+
+
+def _published_name(name: str) -> str:
+    """Published name of one of our weights: "layers.0.q_proj" -> "model.layers.0.inner_layer..."."""
+    if name in TOP_NAMES:
+        return TOP_NAMES[name]
+    _, layer, rest = name.split(".", 2)
+    return f"model.layers.{layer}.{LAYER_NAMES[rest]}"
+
+
+def _leaf(weights: Weights, name: str) -> Tensor:
+    found: Any = weights
+    for part in name.split("."):
+        found = found[int(part) if part.isdigit() else part]
+    return found
+
+
+def _fetch(tensors: dict[str, Tensor], stored: str, name: str, folder: Path) -> Tensor:
+    if stored not in tensors:
+        raise ValueError(f"{folder} lacks the tensor {stored} ({name}); is the checkpoint whole?")
+    return tensors[stored]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); it may be cut short.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; expected a JSON object.")
+    return data
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, or of the shards that its index names."""
+    files: Sequence[str] = [MODEL]
+    if not (folder / MODEL).exists() and (folder / INDEX).exists():
+        files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        outside = [name for name in files if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{folder / INDEX} names {outside}; expected files of that folder.")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name} is missing; expected a checkpoint's weights.")
+        try:
+            tensors |= load_file(folder / name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / name} is not a readable safetensors file ({error}); it may be cut short."
+            ) from error
+    return tensors
