@@ -23,10 +23,12 @@ from reference.chunking import (
 from reference.config import MemoryConfig
 
 __all__ = [
+    "Layout",
     "Round",
     "at_boundaries",
     "fixed_size",
     "lay_out",
+    "lay_out_batch",
     "plan_rounds",
     "random_sizes",
     "right_aligned",

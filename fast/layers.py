@@ -33,6 +33,7 @@ __all__ = [
     "sigmoid",
     "split_heads",
     "swiglu",
+    "widen",
 ]
 
 Weights = Mapping[str, Any]

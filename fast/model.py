@@ -28,6 +28,8 @@ __all__ = [
     "CoMeTOutput",
     "language_loss",
     "predict",
+    "shift_labels",
+    "sum_of_losses",
 ]
 
 IGNORE = -100

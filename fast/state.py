@@ -135,7 +135,14 @@ class CoMeTState:
         counts = {name: getattr(self, name)[index] for name in COUNTS}
         chosen = torch.from_numpy(index)
         picked = self.map_tensors(lambda t: t.index_select(0, chosen.to(t.device)))
-        return dataclasses.replace(picked, **counts)
+        slots, row = int(counts["queue_length"].max()), int(counts["row_length"].max())
+        return dataclasses.replace(
+            picked,
+            **counts,
+            temporary_memory=tuple(t[:, :slots] for t in picked.temporary_memory),
+            keys=tuple(k[:, :, :row] for k in picked.keys) if row else (),
+            values=tuple(v[:, :, :row] for v in picked.values) if row else (),
+        )
 
     def to(self, model: CoMeTModel) -> CoMeTState:
         """The same state on a model's device and in its dtype."""

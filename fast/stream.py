@@ -106,9 +106,9 @@ def open_chunk(
         opens = np.ones(state.batch_size, dtype=bool)
     held = np.where(state.chunks > 0, memory.global_memory_size, 0) + state.queue_length
     slots = int(held[opens].max())
-    longest = max(slots, int(state.row_length[~opens].max(initial=0)))
-    if longest == 0:
+    if slots == 0:
         return state
+    longest = max(slots, int(state.row_length[~opens].max(initial=0)))
     rotation = _rotation(torch.arange(slots), params, config)
     keys, values = [], []
     for i, weights in enumerate(params["layers"]):
@@ -190,14 +190,14 @@ def run_row(
     hidden = _embed(text, layout, params, config)  # [b, n, d]
     b, n, _ = hidden.shape
     empty = hidden.new_zeros(b, backbone.num_key_value_heads, 0, backbone.head_dim)
-    past = state.keys[0].shape[2] if state.keys else 0
+    longest = int(state.row_length.max())
 
     offset = np.arange(n)
     if alike:
         at = state.row_length[0] + offset  # [n]
     else:  # padding goes behind everything, see append_slots
         real = offset < layout.count[:, None]
-        at = np.where(real, state.row_length[:, None] + offset, past + n)  # [b, n]
+        at = np.where(real, state.row_length[:, None] + offset, longest + n)  # [b, n]
     rotation = _rotation(torch.from_numpy(at), params, config)
     positions = torch.from_numpy(at).to(hidden.device)
     new_entries = np.broadcast_to(layout.compression_count, (b,))
@@ -211,6 +211,7 @@ def run_row(
     states, queues, all_keys, all_values = [], [], [], []
     for i, weights in enumerate(params["layers"]):
         keys, values = (state.keys[i], state.values[i]) if state.keys else (empty, empty)
+        keys, values = keys[:, :, :longest], values[:, :, :longest]
         hidden, keys, values = decoder_layer(
             hidden, keys, values, positions, rotation, weights, backbone
         )
@@ -287,14 +288,11 @@ class Reading:
         padding = torch.from_numpy(offset >= self.take[:, None]).to(x.device)
         return _take(x, columns).masked_fill(padding, fill)
 
-    def last(self, before: Tensor | None) -> Tensor:
+    def last(self, before: Tensor | None) -> Tensor | None:
         """[b, d], each sequence's last output: this round's, or what it was before."""
-        column = np.maximum(self.take - 1, 0)[:, None]
-        if self.alike:
-            column = column[:1]
         if not self.take.any():
-            assert before is not None
             return before
+        column = np.maximum(self.take - 1, 0)[: 1 if self.alike else None, None]
         newest = _take(self.hidden, column)[:, 0]
         return newest if before is None else _choose(self.take > 0, newest, before)
 

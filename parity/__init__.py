@@ -1,0 +1,1 @@
+"""Proof, over random models, texts and splits, that `fast` and `reference` agree."""

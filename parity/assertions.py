@@ -1,0 +1,124 @@
+"""How near is equal: the one tolerance table, and assertions that say where two things part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast import CoMeTState
+from fast.parameters import to_arrays
+from reference.config import CoMeTConfig
+from reference.stream import StreamState
+
+TOLERANCE = {torch.float64: 2e-12, torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+"""float64: largest error, relative to max(1, largest magnitude of the expected tensor). Narrower
+dtypes are measured against the reference's own error: see `YARDSTICK`."""
+
+YARDSTICK = {torch.float32: 4.0}
+"""The fast path's largest error against the float64 reference may be at most so many times that of
+the reference run in the same dtype, plus that many machine epsilons."""
+
+GRADIENT_TOLERANCE = 1e-11
+"""Largest relative error of a directional derivative, float64."""
+
+REFERENCE_GOLDEN, FAST_GOLDEN = 1e-11, 1e-10
+"""Largest absolute error against the recorded numbers of the published implementation."""
+
+
+def array(x: Any) -> np.ndarray:
+    """A tensor or array as an array."""
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+
+
+def largest_error(found: Any, expected: Any) -> float:
+    """max |found - expected| / max(1, max |expected|); 0 for empty tensors."""
+    found, expected = array(found), array(expected)
+    if expected.size == 0:
+        return 0.0
+    return float(np.max(np.abs(found - expected)) / max(1.0, np.max(np.abs(expected))))
+
+
+def assert_near(found: Any, expected: Any, what: str, tolerance: float | None = None) -> None:
+    """Same shape, and every element within the tolerance of float64.
+
+    A failure names the tensor, the place of its first difference, both values, and the error.
+    """
+    f, e = array(found), array(expected)
+    assert f.shape == e.shape, f"{what}: shape {f.shape}, expected {e.shape}"
+    limit = (TOLERANCE[torch.float64] if tolerance is None else tolerance) * max(
+        1.0, float(np.max(np.abs(e), initial=0.0))
+    )
+    wrong = ~(np.abs(f - e) <= limit)  # NaN is wrong too
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{what}: first difference at {place}: {f[place]!r}, expected {e[place]!r}; "
+            f"{int(wrong.sum())} of {wrong.size} differ, largest error "
+            f"{np.nanmax(np.abs(f - e)):.3e}, allowed {limit:.1e}"
+        )
+
+
+def assert_twin(found: Tensor, expected: np.ndarray, what: str, like: Tensor) -> None:
+    """A twin's result: dtype and device of its input, then shape and values."""
+    assert found.dtype == like.dtype, f"{what}: dtype {found.dtype}, expected {like.dtype}"
+    assert found.device == like.device, f"{what}: on {found.device}, expected {like.device}"
+    assert_near(found, expected, what)
+
+
+def assert_same_stream(
+    fast: CoMeTState, row: int, spec: StreamState, config: CoMeTConfig, what: str = "state"
+) -> None:
+    """One sequence of a fast state is the reference's state: counts, memories, the open row."""
+    counts = {
+        "tokens": spec.tokens,
+        "chunks": spec.chunks,
+        "open_tokens": spec.open_tokens,
+        "row_length": spec.row_length,
+        "queue_length": len(spec.temporary_memory[0]) if config.memory.has_temporary else 0,
+    }
+    for name, expected in counts.items():
+        found = int(getattr(fast, name)[row])
+        assert found == expected, f"{what}, sequence {row}: {name} {found}, expected {expected}"
+    where = f"{what}, chunk {spec.chunks}"
+    for layer in range(config.backbone.num_hidden_layers):
+        at = f"{where}, layer {layer}"
+        if spec.global_state:
+            assert_near(fast.global_state[layer][row], spec.global_state[layer], f"{at}, S")
+        if config.memory.has_temporary:
+            queue = fast.temporary_memory[layer][row, : counts["queue_length"]]
+            assert_near(queue, spec.temporary_memory[layer], f"{at}, T")
+        if spec.keys:
+            length = counts["row_length"]
+            assert_near(fast.keys[layer][row, :, :length], spec.keys[layer], f"{at}, keys")
+            assert_near(fast.values[layer][row, :, :length], spec.values[layer], f"{at}, values")
+
+
+def assert_state_equal(found: CoMeTState, expected: CoMeTState, what: str) -> None:
+    """Two states alike to the last bit, with no memory shared being asked for."""
+    for name in ("tokens", "chunks", "open_tokens", "row_length", "queue_length"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert np.array_equal(a, b), f"{what}: {name} {a}, expected {b}"
+    for name in ("global_state", "temporary_memory", "keys", "values"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert len(a) == len(b), f"{what}: {name} of {len(a)} layers, expected {len(b)}"
+        for layer, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert torch.equal(x, y), f"{what}: {name} of layer {layer} differs"
+
+
+def assert_logits(found: Any, expected: np.ndarray, config: CoMeTConfig, what: str) -> None:
+    """Logits of one sequence; a failure also tells the chunk, where chunks are of full size."""
+    f = array(found)
+    assert f.shape == expected.shape, f"{what}: shape {f.shape}, expected {expected.shape}"
+    wrong = ~(np.abs(f - expected) <= TOLERANCE[torch.float64] * max(1.0, np.max(np.abs(expected))))
+    if wrong.any():
+        token = int(np.argwhere(wrong.any(axis=-1))[0, 0])
+        chunk = token // config.memory.chunk_size
+        assert_near(f, expected, f"{what}: logits part at token {token} (chunk {chunk})")
+
+
+def arrays_of(model: Any) -> dict[str, Any]:
+    """A model's weights as the nested dict that the reference takes."""
+    return to_arrays(model.weights)

@@ -1,0 +1,118 @@
+"""A batch is what its members are alone: padding reaches no memory, position or loss."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fast import IGNORE
+from reference import model as spec
+from reference import stream
+
+from .assertions import arrays_of, assert_logits, assert_near, assert_same_stream
+from .strategies import VOCAB, configs, corner_lengths, random_model, seeds
+
+
+@st.composite
+def batches(draw):
+    config = draw(configs())
+    lengths = draw(st.lists(corner_lengths(config), min_size=2, max_size=4))
+    return config, draw(seeds), lengths
+
+
+def padded(rows, fill):
+    widest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (widest - len(row))] for row in rows])
+
+
+def texts(lengths, seed):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, n).tolist() for n in lengths]
+
+
+@given(batches(), st.integers(1, 3), st.sampled_from([0, VOCAB - 1, -7, 10**6]))
+def test_a_ragged_batch_is_each_sequence_alone(batch, calls, fill):
+    """Several calls, each with lengths of its own; padding holds any number at all."""
+    config, seed, lengths = batch
+    model = random_model(config, seed)
+    params = arrays_of(model)
+    state = None
+    alone = [stream.new_state(config) for _ in lengths]
+    for call in range(calls):
+        rng = np.random.default_rng([seed, call])
+        now = [int(n) for n in rng.permutation(lengths)]
+        rows = texts(now, [seed, call, 1])
+        out = model(padded(rows, fill), lengths=now, state=state)
+        state = out.state
+        last = model(padded(rows, fill), lengths=now, state=None if call == 0 else before, logits="last")
+        for i, row in enumerate(rows):
+            expected, alone[i] = spec.forward(row, alone[i], params, config)
+            what = f"call {call}, sequence {i}"
+            assert_logits(out.logits[i, : len(row)], expected, config, what)
+            assert_near(last.logits[i, 0], expected[-1], f"{what}, last")
+            assert (out.logits[i, len(row) :] == 0).all(), f"{what}: logits of padding"
+            assert_same_stream(state, i, alone[i], config, what)
+        before = state
+
+
+@given(batches())
+def test_the_loss_of_a_ragged_batch_counts_its_own_tokens_alone(batch):
+    config, seed, lengths = batch
+    model = random_model(config, seed)
+    rows = texts(lengths, seed)
+    out = model(padded(rows, 0), labels=padded(rows, 3), lengths=lengths, logits="none")
+    total, number = 0.0, 0
+    for row in rows:
+        logits, _ = spec.forward(row, stream.new_state(config), arrays_of(model), config)
+        if len(row) > 1:
+            total += spec.language_loss(logits, row) * (len(row) - 1)
+            number += len(row) - 1
+    if number:
+        assert_near(out.loss, total / number, "loss")
+    else:
+        assert out.loss.isnan()
+    ignored = torch.full_like(padded(rows, 0), IGNORE)
+    assert model(padded(rows, 0), labels=ignored, lengths=lengths).loss.isnan()
+
+
+@given(batches())
+def test_gradients_of_a_ragged_batch_are_the_sum_of_each_alone(batch):
+    config, seed, lengths = batch
+    if max(lengths) < 2:
+        return
+    rows = texts(lengths, seed)
+    model = random_model(config, seed)
+    counts = sum(len(row) - 1 for row in rows)
+    out = model(padded(rows, 0), labels=padded(rows, 0), lengths=lengths, logits="none")
+    out.loss.backward()
+    together = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    model = random_model(config, seed)
+    for row in rows:
+        if len(row) > 1:
+            one = model(torch.tensor([row]), labels=torch.tensor([row]), logits="none").loss
+            (one * (len(row) - 1) / counts).backward()
+    for name, p in model.named_parameters():
+        a = together[name] if together[name] is not None else torch.zeros_like(p)
+        b = p.grad if p.grad is not None else torch.zeros_like(p)
+        assert_near(a, b.numpy(), f"gradient of {name}", 1e-10)
+
+
+@given(batches(), seeds)
+def test_select_and_fork_rearrange_a_batch(batch, seed):
+    config, weights, lengths = batch
+    model = random_model(config, weights)
+    params = arrays_of(model)
+    rows = texts(lengths, weights)
+    state = model(padded(rows, 0), lengths=lengths, logits="none").state
+    rng = np.random.default_rng(seed)
+    order = rng.integers(0, len(rows), 3).tolist()
+    more = texts([4] * 3, seed)
+    out = model(torch.tensor(more), state=state.select(order))
+    for i, source in enumerate(order):
+        _, alone = spec.read(rows[source], stream.new_state(config), params, config)
+        expected, alone = spec.forward(more[i], alone, params, config)
+        assert_near(out.logits[i], expected, f"selected {source}")
+        assert_same_stream(out.state, i, alone, config, f"selected {source}")
+    forked = state.fork(2)
+    assert forked.tokens.tolist() == [n for n in lengths for _ in range(2)]

@@ -1,0 +1,133 @@
+"""Twins and laws of `global_memory.py`."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fast import MemoryConfig
+from fast import global_memory as fast
+from fast.parameters import to_tensors
+from reference import global_memory as spec
+
+from .assertions import assert_near, assert_twin
+from .strategies import seeds
+
+D, M = 4, 3
+
+
+def weights(rng, kind, bias, scale=0.7):
+    gates = 1 if kind == "scalar" else D
+    w = {
+        "norm": rng.uniform(0.5, 1.5, D),
+        "gate": rng.normal(0, scale, (gates, 2 * D)),
+        "adapter_down": rng.normal(0, 0.7, (2, D)),
+        "adapter_up": rng.normal(0, 0.7, (D, 2)),
+    }
+    if bias:
+        w["gate_bias"] = rng.normal(0, 2, gates)
+    return w
+
+
+kinds = st.sampled_from(["scalar", "vector"])
+saturations = st.sampled_from([1.0, 0.95, 0.3])
+
+
+def tensor(x):
+    return torch.from_numpy(x)
+
+
+@given(seeds, kinds, st.booleans(), saturations)
+def test_candidate_gate_and_read(seed, kind, bias, saturation):
+    rng = np.random.default_rng(seed)
+    w = weights(rng, kind, bias)
+    tw = to_tensors(w, torch.float64)
+    x, s = rng.normal(0, 2, (2, M, D)), rng.normal(0, 2, (2, M, D))
+    for eps in (None, 1e-3):
+        found = fast.candidate(tensor(x), tw, eps)
+        assert_twin(found, spec.candidate(x, w, eps), "candidate", tensor(x))
+    assert_twin(
+        fast.gate(tensor(x), tensor(s), tw, saturation), spec.gate(x, s, w, saturation), "g", tensor(x)
+    )
+    assert_twin(fast.read_global(tensor(s), tw), spec.read_global(s, w), "G", tensor(s))
+
+
+@given(seeds, kinds, st.booleans(), saturations, st.booleans())
+def test_update_global(seed, kind, bias, saturation, first):
+    rng = np.random.default_rng(seed)
+    w = weights(rng, kind, bias)
+    r, s = rng.normal(0, 2, (2, M, D)), rng.normal(0, 2, (2, M, D))
+    c = MemoryConfig(4, M, 1, 0, gate=kind, gate_bias=bias, gate_saturation=saturation)
+    found = fast.update_global(
+        None if first else tensor(s), tensor(r), to_tensors(w, torch.float64), c
+    )
+    assert_twin(found, spec.update_global(None if first else s, r, w, c), "S", tensor(r))
+
+
+@given(seeds, kinds, saturations)
+def test_the_gate_is_a_convex_combination(seed, kind, saturation):
+    rng = np.random.default_rng(seed)
+    w = weights(rng, kind, True, scale=3.0)
+    c = MemoryConfig(4, M, 1, 0, gate=kind, gate_bias=True, gate_saturation=saturation)
+    r, s = rng.normal(0, 2, (1, M, D)), rng.normal(0, 2, (1, M, D))
+    tw = to_tensors(w, torch.float64)
+    new = fast.candidate(tensor(r), tw, c.global_norm_eps)
+    g = fast.gate(new, tensor(s), tw, saturation)
+    assert ((g >= 0) & (g <= 1)).all()
+    out = fast.update_global(tensor(s), tensor(r), tw, c)
+    low, high = torch.minimum(new, tensor(s)), torch.maximum(new, tensor(s))
+    assert ((out >= low - 1e-12) & (out <= high + 1e-12)).all()
+
+
+@given(seeds, kinds)
+def test_g_one_keeps_and_g_zero_replaces(seed, kind):
+    rng = np.random.default_rng(seed)
+    r, s = rng.normal(0, 2, (1, M, D)), rng.normal(0, 2, (1, M, D))
+    c = MemoryConfig(4, M, 1, 0, gate=kind, gate_bias=True, gate_saturation=0.9)
+    for bias, expected in ((50.0, s), (-800.0, None)):
+        w = weights(rng, kind, True, scale=0.0)
+        w["gate_bias"] = np.full_like(w["gate_bias"], bias)
+        if expected is None:
+            expected = spec.candidate(r, w, None)
+        out = fast.update_global(tensor(s), tensor(r), to_tensors(w, torch.float64), c)
+        assert np.array_equal(out.numpy(), expected) or bias < 0
+        assert_near(out, expected, "S")
+        assert_near(spec.update_global(s, r, w, c), expected, "reference S")
+
+
+@given(seeds)
+def test_a_saturated_gate_keeps_for_good_where_a_sigmoid_fades(seed):
+    """A thousand chunks at the same gate logit: the published gate has forgotten."""
+    rng = np.random.default_rng(seed)
+    w = weights(rng, "scalar", True, scale=0.0)
+    w["gate_bias"] = np.array([5.0])  # sigmoid 0.9933
+    s = rng.normal(0, 2, (M, D))
+    other = rng.normal(0, 2, (M, D))
+    for saturation, kept in ((0.95, True), (1.0, False)):
+        c = MemoryConfig(4, M, 1, 0, gate_bias=True, gate_saturation=saturation)
+        state = s
+        for _ in range(1000):
+            state = spec.update_global(state, other, w, c)
+        assert np.array_equal(state, s) == kept
+        if not kept:
+            target = spec.candidate(other, w, None)
+            assert np.abs(state - target).max() < 0.01 * max(1.0, np.abs(s - target).max())
+
+
+@given(seeds)
+def test_the_default_epsilon_is_the_dtypes_own(seed):
+    rng = np.random.default_rng(seed)
+    w = weights(rng, "scalar", False)
+    tiny = 1e-8 * rng.normal(size=(1, M, D))
+    c = MemoryConfig(4, M, 1, 0)
+    found = fast.update_global(None, tensor(tiny), to_tensors(w, torch.float64), c)
+    assert_near(found, spec.update_global(None, tiny, w, c), "float64")
+    half = fast.update_global(
+        None, tensor(tiny).to(torch.bfloat16), to_tensors(w, torch.bfloat16), c
+    )
+    wide = dataclasses.replace(c, global_norm_eps=float(np.finfo(np.float32).eps))
+    expected = spec.update_global(None, tiny, w, wide)
+    assert half.dtype == torch.bfloat16
+    assert np.abs(half.float().numpy() - expected).max() <= 0.02 * max(1.0, np.abs(expected).max())

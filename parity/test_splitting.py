@@ -1,0 +1,64 @@
+"""The first law: however a text is split into calls, the result is the same."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reference import model as spec
+from reference import stream
+
+from .assertions import arrays_of, assert_logits, assert_near, assert_same_stream
+from .strategies import cases, pieces, random_model, splits
+
+
+@given(cases(), st.data())
+def test_splitting_a_text_changes_nothing(case, data):
+    config, seed, ids = case
+    model = random_model(config, seed)
+    whole, end = spec.forward(ids, stream.new_state(config), arrays_of(model), config)
+    state, found = None, []
+    for piece in pieces(ids, data.draw(splits(len(ids)))):
+        out = model(torch.tensor([piece]), state=state)
+        state = out.state
+        found.append(out.logits)
+    assert_logits(torch.cat(found, dim=1)[0], whole, config, "split")
+    assert_same_stream(state, 0, end, config, "end")
+
+
+@given(cases(), st.data())
+def test_splitting_changes_nothing_in_the_reference(case, data):
+    config, seed, ids = case
+    params = arrays_of(random_model(config, seed))
+    whole, _ = spec.forward(ids, stream.new_state(config), params, config)
+    state, start = stream.new_state(config), 0
+    for piece in pieces(ids, data.draw(splits(len(ids)))):
+        logits, state = spec.forward(piece, state, params, config)
+        assert_near(logits, whole[start : start + len(piece)], f"tokens from {start}")
+        start += len(piece)
+
+
+@given(cases(), st.data())
+def test_chunks_by_hand_are_chunks_closed_by_hand(case, data):
+    """`chunk_sizes` and `close_chunk` are one thing said twice."""
+    config, seed, ids = case
+    model = random_model(config, seed)
+    sizes = data.draw(splits(len(ids)))
+    sizes = [s for size in sizes for s in _within(size, config.memory.chunk_size)]
+    at_once = model(torch.tensor([ids]), chunk_sizes=sizes)
+    state, found = model.new_state(), []
+    for number, piece in enumerate(pieces(ids, sizes)):
+        state = model.close_chunk(state) if number else state
+        out = model(torch.tensor([piece]), state=state)
+        state = out.state
+        found.append(out.logits)
+    expected, _ = spec.forward(
+        ids, stream.new_state(config), arrays_of(model), config, chunk_sizes=sizes
+    )
+    assert_near(at_once.logits[0], expected, "chunk_sizes")
+    assert_near(torch.cat(found, dim=1)[0], expected, "close_chunk")
+
+
+def _within(size, most):
+    while size > 0:
+        yield min(size, most)
+        size -= most
