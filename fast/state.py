@@ -179,9 +179,10 @@ class CoMeTState:
             path: file to write.
         """
         counts = {f"count.{name}": torch.from_numpy(getattr(self, name)) for name in COUNTS}
-        tensors = {name: t.detach() for name, t in self._tensors().items()}
+        tensors = counts | self._tensors()
         header = {"format": "comet-state", "version": "1", "model": self.model}
-        atomic_save(Path(path), counts | tensors, header)
+        # Copies: safetensors refuses tensors that share memory, as a new state's counts do.
+        atomic_save(Path(path), {name: t.detach().clone() for name, t in tensors.items()}, header)
 
     @classmethod
     def load(cls, path: str | Path, model: CoMeTModel) -> CoMeTState:

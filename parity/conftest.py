@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fast import BackboneConfig, CoMeTConfig, MemoryConfig
+
 COMMON = {
     "deadline": None,
     "print_blob": True,
@@ -32,3 +34,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden",
         help="folder of recorded cases, with a manifest.json (default: parity/golden)",
     )
+
+
+@pytest.fixture
+def make_config():
+    """A small config with both memories, and fields changed by name."""
+
+    def make(backbone: dict | None = None, memory: dict | None = None) -> CoMeTConfig:
+        return CoMeTConfig(
+            BackboneConfig(
+                **{
+                    "vocab_size": 11,
+                    "hidden_size": 6,
+                    "intermediate_size": 8,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "head_dim": 4,
+                    "qk_norm": True,
+                    **(backbone or {}),
+                }
+            ),
+            MemoryConfig(
+                **{
+                    "chunk_size": 4,
+                    "global_memory_size": 2,
+                    "temporary_memory_size": 3,
+                    "compression_stride": 2,
+                    **(memory or {}),
+                }
+            ),
+        )
+
+    return make

@@ -1,0 +1,117 @@
+"""Gradients are the reference's own, by a complex step: Im f(x + i h v) / h, exact for tiny h."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reference import model as spec
+from reference import stream
+from reference.parameters import map_parameters, named_parameters
+
+from .assertions import GRADIENT_TOLERANCE, arrays_of
+from .strategies import cases, random_model
+
+STEP = 1e-30
+
+
+def directional(params, direction, ids, config, **options):
+    """Derivative of the reference's loss along a direction."""
+    moved = map_parameters(lambda name, p: p + 1j * STEP * direction[name], params)
+    logits, _ = spec.forward(ids, stream.new_state(config), moved, config, **options)
+    return spec.language_loss(logits, ids).imag / STEP
+
+
+def gradients(model, ids, **options):
+    model(torch.tensor([ids]), labels=torch.tensor([ids]), logits="none", **options).loss.backward()
+    return {
+        name.removeprefix("weights."): np.zeros(p.shape) if p.grad is None else p.grad.numpy()
+        for name, p in model.named_parameters()
+    }
+
+
+def assert_derivative(found, expected, what):
+    assert abs(found - expected) <= GRADIENT_TOLERANCE * max(1.0, abs(expected)), (
+        f"{what}: {found!r}, complex step {expected!r}"
+    )
+
+
+@given(cases(), st.sampled_from([None, None, 1, 2]))
+def test_gradients_along_random_directions(case, backprop_chunks):
+    config, seed, ids = case
+    ids = ids if len(ids) > 1 else ids * 2
+    model = random_model(config, seed)
+    params = arrays_of(model)
+    options = {"backprop_chunks": backprop_chunks}
+    found = gradients(model, ids, **options)
+    rng = np.random.default_rng(seed)
+    for _ in range(2):
+        direction = {name: rng.normal(size=p.shape) for name, p in named_parameters(params).items()}
+        expected = directional(params, direction, ids, config, **options)
+        along = sum(np.sum(found[name] * v) for name, v in direction.items())
+        assert_derivative(along, expected, "all parameters")
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(cases())
+def test_the_gradient_of_every_parameter(case):
+    config, seed, ids = case
+    ids = ids if len(ids) > 1 else ids * 2
+    model = random_model(config, seed)
+    params = arrays_of(model)
+    found = gradients(model, ids)
+    rng = np.random.default_rng(seed)
+    names = named_parameters(params)
+    assert set(names) == set(found)
+    for name, p in names.items():
+        direction = {other: np.zeros(q.shape) for other, q in names.items()}
+        direction[name] = rng.normal(size=p.shape)
+        expected = directional(params, direction, ids, config)
+        assert_derivative(np.sum(found[name] * direction[name]), expected, name)
+
+
+@given(cases())
+def test_truncating_backpropagation_really_cuts_it(case):
+    """A token before the cut gets no gradient, one behind it does; values stay the same."""
+    config, seed, ids = case
+    size = config.memory.chunk_size
+    n = 3 * size
+    backbone = dataclasses.replace(config.backbone, vocab_size=n, tie_word_embeddings=False)
+    config = dataclasses.replace(config, backbone=backbone)
+    text = torch.arange(n)[None]
+    model = random_model(config, seed)
+    whole = model(text).logits
+    for chunks in (1, 2):
+        model.zero_grad()
+        cut = model(text, backprop_chunks=chunks).logits
+        assert torch.equal(cut, whole)
+        cut[0, -1].sum().backward()
+        grad = model.weights["embed_tokens"].grad
+        assert (grad[: 2 * size] == 0).all()  # two chunks have closed
+        assert grad[n - 1].abs().sum() > 0
+
+
+@given(cases())
+def test_a_detached_state_cuts_too(case):
+    config, seed, ids = case
+    model = random_model(config, seed)
+    state = model(torch.tensor([ids]), logits="none").state
+    for carried, flows in ((state, True), (state.detach(), False)):
+        tensors = (*carried.global_state, *carried.temporary_memory, *carried.keys)
+        assert any(t.requires_grad and t.numel() for t in tensors) == flows
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_truncation_counts_chunks(make_config, chunks):
+    """With k chunks, the gradient reaches back to the last border whose number k divides."""
+    config = make_config({"vocab_size": 28, "tie_word_embeddings": False})
+    model = random_model(config, 0)
+    model(torch.arange(28)[None], backprop_chunks=chunks).logits[0, -1].sum().backward()
+    grad = model.weights["embed_tokens"].grad.abs().sum(-1)
+    border = (6 // chunks) * chunks * 4  # six chunks of four closed behind 28 tokens
+    assert (grad[:border] == 0).all()
+    assert (grad[border:24] > 0).any() or border == 24
+    assert grad[27] > 0

@@ -1,0 +1,141 @@
+"""Save, load, fork and detach change nothing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fast import CoMeTState
+from reference import stream
+
+from .assertions import arrays_of, assert_same_stream, assert_state_equal
+from .strategies import VOCAB, cases, random_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("states")
+
+
+@given(case=cases())
+def test_save_and_load_change_nothing(folder, case):
+    config, seed, ids = case
+    model = random_model(config, seed)
+    state = model(torch.tensor([ids]), logits="none").state
+    path = folder / "state.safetensors"
+    state.save(path)
+    loaded = CoMeTState.load(path, model)
+    assert_state_equal(loaded, state, "loaded")
+    more = torch.tensor([ids])
+    assert torch.equal(model(more, state=loaded).logits, model(more, state=state).logits)
+    assert [p.name for p in folder.iterdir()] == ["state.safetensors"], "a temporary file was left"
+
+
+@given(cases(), st.integers(1, 3))
+def test_forks_go_on_alone(case, copies):
+    """A fork reads on without the other knowing: one document, many questions."""
+    config, seed, ids = case
+    model = random_model(config, seed)
+    params = arrays_of(model)
+    state = model(torch.tensor([ids]), logits="none").state
+    before = state.fork()
+    branches = state.fork(copies)
+    rng = np.random.default_rng(seed)
+    questions = rng.integers(0, VOCAB, (copies, 5)).tolist()
+    after = model(torch.tensor(questions), state=branches, logits="none").state
+    _, read = stream.read(ids, stream.new_state(config), params, config)
+    for i, question in enumerate(questions):
+        _, expected = stream.read(question, read, params, config)
+        assert_same_stream(after, i, expected, config, f"fork {i}")
+    assert_state_equal(state, before, "the state forked from")
+    shared = {t.data_ptr() for t in (*state.keys, *state.global_state) if t.numel()}
+    assert not shared & {t.data_ptr() for t in (*before.keys, *before.global_state) if t.numel()}
+
+
+@given(cases())
+def test_detach_keeps_values_and_cuts_gradients(case):
+    config, seed, ids = case
+    model = random_model(config, seed)
+    state = model(torch.tensor([ids]), logits="none").state
+    cut = state.detach()
+    assert_state_equal(cut, state, "detached")
+    assert not any(t.requires_grad for t in (*cut.keys, *cut.global_state, *cut.temporary_memory))
+
+
+@given(cases())
+def test_forgetting_the_queue_leaves_the_global_memory(case):
+    config, seed, ids = case
+    model = random_model(config, seed)
+    params = arrays_of(model)
+    state = model.close_chunk(model(torch.tensor([ids]), logits="none").state)
+    state = state.forget_temporary()
+    _, expected = stream.read(ids, stream.new_state(config), params, config)
+    expected = stream.close_chunk(expected, params, config)
+    empty = tuple(t[:0] for t in expected.temporary_memory)
+    expected = dataclasses.replace(expected, temporary_memory=empty)
+    _, expected = stream.read(ids, expected, params, config)
+    after = model(torch.tensor([ids]), state=state, logits="none").state
+    assert_same_stream(after, 0, expected, config, "after forgetting")
+
+
+def state_and_model(make_config):
+    model = random_model(make_config(), 1)
+    return model(torch.tensor([[1, 2, 3, 4, 5, 6]]), logits="none").state, model
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path, make_config):
+    state, model = state_and_model(make_config)
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    whole = path.read_bytes()
+    for cut in (0, 7, 40, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="cut short"):
+            CoMeTState.load(path, model)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="not a CoMeT state"):
+        CoMeTState.load(path, model)
+    with pytest.raises(FileNotFoundError):
+        CoMeTState.load(tmp_path / "nothing", model)
+
+
+def test_a_changed_file_is_refused(tmp_path, make_config):
+    """Counts that point behind the tensors, missing parts, other shapes."""
+    state, model = state_and_model(make_config)
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    header = {"format": "comet-state", "version": "1", "model": state.model}
+    whole = load_file(path)
+
+    def refused(changes, match):
+        save_file({k: v for k, v in (whole | changes).items() if v is not None}, path, header)
+        with pytest.raises(ValueError, match=match):
+            CoMeTState.load(path, model)
+
+    refused({"count.row_length": torch.tensor([99])}, "row_length")
+    refused({"count.queue_length": torch.tensor([99])}, "queue_length")
+    refused({"count.chunks": torch.tensor([-1])}, "chunks")
+    refused({"count.tokens": None}, "tokens")
+    refused({"keys.0": None}, "keys")
+    refused({"keys.0": whole["keys.0"][:, :, :, :1].contiguous()}, "keys")
+    refused({"stranger": torch.zeros(1)}, "stranger")
+
+
+def test_saving_over_a_state_replaces_it_whole(tmp_path, make_config, monkeypatch):
+    state, model = state_and_model(make_config)
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    before = path.read_bytes()
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fast.files.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model(torch.tensor([[1]]), state=state).state.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
