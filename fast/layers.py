@@ -163,16 +163,15 @@ def append_slots(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
         past: [b, k, p, e], the row so far.
         new: [b, k, n, e].
         positions: [n], all rows alike and continuing at p, or [b, n], where each row continues
-            at its own length; a padding slot has position p + n.
+            at its own length.
 
     Returns:
-        [b, k, p + n, e]: behind a row's own length, zeros. `past` is not written to.
+        [b, k, p + n, e]: behind a row's own length, any finite value. `past` is not written to.
     """
     if positions.dim() == 1:
         return torch.cat([past, new], dim=2)
-    room = F.pad(past, (0, 0, 0, new.shape[2] + 1))  # one more, where padding goes
     index = positions[:, None, :, None].expand_as(new)
-    return room.scatter(2, index, new)[:, :, :-1]
+    return F.pad(past, (0, 0, 0, new.shape[2])).scatter(2, index, new)
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:

@@ -192,12 +192,9 @@ def run_row(
     empty = hidden.new_zeros(b, backbone.num_key_value_heads, 0, backbone.head_dim)
     longest = int(state.row_length.max())
 
-    offset = np.arange(n)
-    if alike:
-        at = state.row_length[0] + offset  # [n]
-    else:  # padding goes behind everything, see append_slots
-        real = offset < layout.count[:, None]
-        at = np.where(real, state.row_length[:, None] + offset, longest + n)  # [b, n]
+    # [n] or [b, n]. Padding goes behind a row's own slots: no slot before it sees it, and the next
+    # round writes over it.
+    at = np.arange(n) + (state.row_length[0] if alike else state.row_length[:, None])
     rotation = _rotation(torch.from_numpy(at), params, config)
     positions = torch.from_numpy(at).to(hidden.device)
     new_entries = np.broadcast_to(layout.compression_count, (b,))

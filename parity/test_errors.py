@@ -1,0 +1,101 @@
+"""Bad input gets an error that says what was wrong, what was expected and what to do, and leaves
+the state that was passed in as it was."""
+
+import pytest
+import torch
+
+from .assertions import assert_state_equal
+from .strategies import random_model
+
+TEXT = torch.tensor([[1, 2, 3, 4, 5, 6]])
+
+
+@pytest.fixture
+def model(make_config):
+    return random_model(make_config(), 0)
+
+
+@pytest.fixture
+def state(model):
+    return model(TEXT, logits="none").state
+
+
+CALLS = [
+    (lambda m, s: m([1, 2], state=s), "ids is a list; expected a tensor"),
+    (lambda m, s: m(TEXT.double(), state=s), "ids has dtype torch.float64; expected integers"),
+    (lambda m, s: m(TEXT > 2, state=s), "ids has dtype torch.bool"),
+    (lambda m, s: m(TEXT[:, :0], state=s), r"ids has shape \(1, 0\).*empty text"),
+    (lambda m, s: m(TEXT[None], state=s), r"ids has shape \(1, 1, 6\)"),
+    (lambda m, s: m(TEXT + 5, state=s), r"ids range from 6 to 11; expected \[0, 11\)"),
+    (lambda m, s: m(TEXT - 2, state=s), "ids range from -1"),
+    (lambda m, s: m(TEXT.to("meta"), state=s), "ids is on meta, the model on cpu; move one"),
+    (lambda m, s: m(TEXT, lengths=[7], state=s), r"lengths is \[7\]; expected 1 to 6"),
+    (lambda m, s: m(TEXT, lengths=[0], state=s), r"lengths is \[0\]; expected 1 to 6"),
+    (lambda m, s: m(TEXT, lengths=[3, 3], state=s), "expected 1 integers"),
+    (lambda m, s: m(TEXT, lengths=[2.5], state=s), "expected 1 integers"),
+    (lambda m, s: m(TEXT, labels=TEXT[:, :3], state=s), r"labels has shape \(1, 3\)"),
+    (lambda m, s: m(TEXT, labels=TEXT.float(), state=s), "labels has shape .*float32"),
+    (lambda m, s: m(TEXT, labels=TEXT + 20, state=s), r"labels holds 21; expected \[0, 11\)"),
+    (lambda m, s: m(TEXT, labels=TEXT * 0 - 1, state=s), "labels holds -1"),
+    (lambda m, s: m(TEXT, state=s, logits="some"), "logits is 'some'; expected 'all'"),
+    (lambda m, s: m(TEXT, state=s, chunk_sizes=[3, 2]), r"chunk_sizes is \[3, 2\], 5 tokens"),
+    (lambda m, s: m(TEXT, state=s, chunk_sizes=[6, 0]), "sizes of at least 1"),
+    (lambda m, s: m(TEXT, state=s, lengths=[5], chunk_sizes=[3, 3]), "but lengths differ"),
+    (lambda m, s: m(TEXT, state=s, backprop_chunks=0), "backprop_chunks is 0"),
+    (lambda m, s: m(TEXT.expand(2, -1), state=s), "the state has batch size 1, the input 2"),
+    (lambda m, s: m.generate(TEXT, s, max_new_tokens=0), "max_new_tokens is 0"),
+    (lambda m, s: m.generate(TEXT, s, temperature=-1.0), "temperature is -1.0"),
+    (lambda m, s: m.generate(TEXT, s, temperature=1.0, top_k=0), "top_k is 0"),
+    (lambda m, s: m.generate(TEXT, s, temperature=1.0, top_p=1.5), "top_p is 1.5"),
+    (lambda m, s: m.generate(TEXT[:, :0], s), "empty text"),
+    (lambda m, s: m.new_state(0), "batch_size is 0"),
+    (lambda m, s: s.fork(0), "copies is 0"),
+    (lambda m, s: s.select([]), "rows are"),
+    (lambda m, s: s.select([1]), r"rows are \[1\]; expected indices in \[0, 1\)"),
+    (lambda m, s: s.forget_temporary(), "a chunk is open"),
+    (lambda m, s: s.forget_temporary([True, False]), r"rows has shape \(2,\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "match"), CALLS)
+def test_bad_input_is_refused_and_the_state_kept(model, state, call, match):
+    before = state.fork()
+    with pytest.raises(ValueError, match=match):
+        call(model, state)
+    assert_state_equal(state, before, "the state passed in")
+    model(TEXT, state=state)
+
+
+def test_a_state_of_another_model_is_refused(model, state, make_config):
+    other = random_model(make_config(memory={"chunk_size": 5}), 0)
+    for call in (lambda: other(TEXT, state=state), lambda: other.close_chunk(state)):
+        with pytest.raises(ValueError, match="the state belongs to a model with config"):
+            call()
+    assert other.new_state().batch_size == 1
+
+
+def test_a_state_of_another_dtype_is_refused_until_converted(model, state):
+    single = random_model(model.config, 0).float()
+    with pytest.raises(ValueError, match=r"the state is torch.float64 .* state.to\(model\)"):
+        single(TEXT, state=state)
+    single(TEXT, state=state.to(single))
+
+
+def test_an_error_half_way_through_a_text_leaves_the_state(model, state, monkeypatch):
+    """Whatever fails, wherever: the state passed in can be used again."""
+    before = state.fork()
+    calls = []
+
+    def fail_later(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return original(*args)
+
+    import fast.stream
+
+    original = fast.stream.decoder_layer
+    monkeypatch.setattr("fast.stream.decoder_layer", fail_later)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(TEXT.repeat(1, 4), state=state)
+    assert_state_equal(state, before, "the state passed in")
