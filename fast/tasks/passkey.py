@@ -9,10 +9,15 @@ numbers. Text is bytes, and a byte is a token.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from ..model import CoMeTModel
+from ..state import CoMeTState
 
 DESCRIPTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
@@ -74,92 +79,155 @@ def read_haystack(path: str | Path | None = None, split: str = "test") -> bytes:
     return text
 
 
-def prose(length: int, haystack: bytes, rng: np.random.Generator, spacing: float) -> bytes:
-    """A piece of real text with distractors between its lines.
+def filler(length: int) -> Iterator[bytes]:
+    """The published filler, over and over: pieces of `length` bytes in all."""
+    block = FILLER.encode() * 64
+    for start in range(0, length, len(block)):
+        yield block[: length - start]
+
+
+def prose(
+    length: int, haystack: bytes, rng: np.random.Generator, spacing: float
+) -> Iterator[bytes]:
+    """Real text with distractors between its words.
 
     Args:
-        length: bytes to make.
-        haystack: text to cut from, repeated where it is shorter.
-        rng: source of the start, the distractors and their places.
+        length: bytes in all.
+        haystack: text to cut from, a random place first; begun again where it ends.
+        rng: source of the place, and of the distractors and theirs.
         spacing: mean bytes between two distractors.
 
-    Returns:
-        Exactly `length` bytes.
+    Yields:
+        Pieces of `length` bytes in all.
     """
     at = int(rng.integers(len(haystack)))
-    pieces, made = [], 0
-    while made < length:
-        span = int(rng.exponential(spacing)) + 1
-        end = haystack.find(b" ", (at + span) % len(haystack))
+    while length > 0:
+        end = haystack.find(b" ", at + int(rng.exponential(spacing)) + 1)
         end = len(haystack) if end < 0 else end
-        at %= len(haystack)
-        piece = haystack[at:end] if end > at else haystack[at:] + haystack[:end]
         name = DISTRACTOR_NAMES[rng.integers(len(DISTRACTOR_NAMES))]
         number = int(rng.integers(1, LARGEST_KEY + 1))
-        piece += b" " + DISTRACTOR.format(name=name, number=number).encode()
-        pieces.append(piece)
-        made += len(piece)
-        at = end
-    return b"".join(pieces)[:length]
+        distractor = DISTRACTOR.format(name=name, number=number)
+        piece = haystack[at:end] + b" " + distractor.encode()
+        yield piece[:length]
+        length -= len(piece)
+        at = end % len(haystack)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text with its key."""
+    """One text with its key. The text is made as it is read, and can be read again."""
 
-    text: bytes
-    """Everything up to and with the question."""
+    length: int
+    """Bytes of the text, from the description to the question."""
 
-    key: int
-    """The number to give back."""
+    depth: float
+    """Where the key is: 0 right after the description, 1 right before the question."""
 
-    key_end: int
-    """Bytes up to the end of the key's sentence."""
+    seed: int
+    """Source of the key, and of the prose and its distractors."""
 
+    haystack: bytes | None = None
+    """Real text for the prose variant; None is the published filler."""
 
-def make_example(
-    length: int,
-    depth: float,
-    rng: np.random.Generator,
-    haystack: bytes | None = None,
-    spacing: float = DISTRACTOR_SPACING,
-) -> Example:
-    """One text of the task.
+    spacing: float = DISTRACTOR_SPACING
+    """Mean bytes between two distractors in the prose variant."""
 
-    Args:
-        length: bytes of the whole text.
-        depth: where the key is, from 0 (right after the description) to 1 (before the question).
-        rng: source of the key, and of prose and distractors.
-        haystack: None for the published filler, else text for the prose variant.
-        spacing: mean bytes between two distractors in the prose variant.
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.depth <= 1.0:
+            raise ValueError(f"depth is {self.depth}; expected a number from 0 to 1.")
+        if self._room() < 0:
+            raise ValueError(
+                f"length is {self.length} bytes; the task's fixed parts need "
+                f"{self.length - self._room()} with this key."
+            )
 
-    Returns:
-        The example, whose text has exactly `length` bytes.
+    @property
+    def key(self) -> int:
+        """The number to give back."""
+        return int(np.random.default_rng([self.seed, 0]).integers(1, LARGEST_KEY + 1))
 
-    Raises:
-        ValueError: depth outside [0, 1], or a length too short for the five parts.
-    """
-    if not 0.0 <= depth <= 1.0:
-        raise ValueError(f"depth is {depth}; expected a number from 0 to 1.")
-    key = int(rng.integers(1, LARGEST_KEY + 1))
-    parts = [DESCRIPTION.encode(), INFORMATION.format(key=key).encode(), QUESTION.encode()]
-    room = length - sum(map(len, parts)) - 4  # four line breaks
-    if room < 0:
-        raise ValueError(
-            f"length is {length} bytes; the task's fixed parts need {length - room}."
-        )
-    before = round(depth * room)
-    if haystack is None:
-        filler = FILLER.encode() * (room // len(FILLER) + 1)
-        prefix, suffix = filler[:before], filler[: room - before]
-    else:
-        prefix = prose(before, haystack, rng, spacing)
-        suffix = prose(room - before, haystack, rng, spacing)
-    head = b"\n".join([parts[0], prefix, parts[1]])
-    return Example(b"\n".join([head, suffix, parts[2]]), key, len(head))
+    @property
+    def key_end(self) -> int:
+        """Bytes up to the end of the key's sentence."""
+        information = INFORMATION.format(key=self.key)
+        return len(DESCRIPTION) + round(self.depth * self._room()) + len(information) + 2
+
+    def _room(self) -> int:
+        fixed = len(DESCRIPTION) + len(INFORMATION.format(key=self.key)) + len(QUESTION)
+        return self.length - fixed - 4  # four line breaks
+
+    def pieces(self) -> Iterator[bytes]:
+        """The text from its start, `length` bytes in all."""
+        before = round(self.depth * self._room())
+        yield f"{DESCRIPTION}\n".encode()
+        yield from self._hay(before, 1)
+        yield f"\n{INFORMATION.format(key=self.key)}\n".encode()
+        yield from self._hay(self._room() - before, 2)
+        yield f"\n{QUESTION}".encode()
+
+    def _hay(self, length: int, part: int) -> Iterator[bytes]:
+        if self.haystack is None:
+            return filler(length)
+        rng = np.random.default_rng([self.seed, part])
+        return prose(length, self.haystack, rng, self.spacing)
+
+    def text(self) -> bytes:
+        """The whole text at once."""
+        return b"".join(self.pieces())
 
 
 def first_number(answer: bytes) -> int | None:
     """The first number in an answer, or None: what is compared with the key."""
     found = re.search(rb"\d+", answer)
     return int(found.group()) if found else None
+
+
+def blocks(example: Example, size: int) -> Iterator[bytes]:
+    """The text in blocks of `size` bytes, the last one shorter."""
+    held = bytearray()
+    for piece in example.pieces():
+        held += piece
+        while len(held) >= size:
+            yield bytes(held[:size])
+            del held[:size]
+    if held:
+        yield bytes(held)
+
+
+def answers(model: CoMeTModel, examples: Sequence[Example], block: int = 4096) -> list[bytes]:
+    """What a model says to the question of each text, read side by side.
+
+    Args:
+        model: byte-level, vocabulary 256.
+        examples: texts of one length.
+        block: bytes of each text held at a time.
+
+    Returns:
+        Up to 8 bytes of answer each, ended by a line break.
+
+    Raises:
+        ValueError: texts of several lengths.
+    """
+    if len({example.length for example in examples}) != 1:
+        raise ValueError("the texts have several lengths; give those of one length together.")
+    state: CoMeTState | None = None
+    last: torch.Tensor | None = None
+    with torch.no_grad():
+        for parts in zip(*(blocks(example, block) for example in examples), strict=True):
+            if last is not None:
+                state = model(last, state=state, logits="none").state
+            last = torch.from_numpy(np.stack([encode(part) for part in parts])).to(model.device)
+        assert last is not None  # a text is never empty
+        out = model.generate(last, state, max_new_tokens=8, stop_ids=(10,))
+    return [bytes(ids) for ids in out.ids]
+
+
+def found(model: CoMeTModel, examples: Sequence[Example]) -> list[bool]:
+    """For each text, whether the first number in the model's answer is its key."""
+    said = answers(model, examples)
+    return [first_number(a) == e.key for a, e in zip(said, examples, strict=True)]
+
+
+def load_model() -> CoMeTModel:
+    """The trained model that comes with the package."""
+    return CoMeTModel.from_pretrained(Path(__file__).parent / "passkey_model")

@@ -1,21 +1,17 @@
 """Training a byte-level model from scratch to find a pass key.
 
-Every step reads one window of a few chunks of a batch of texts, then asks, on a fork of the
-state, for the keys that have gone by. The texts then go on from the state before the question,
-without gradient across the window's start. No text is longer than 4,096 tokens.
-
-What the curriculum raises is the number of chunks in a window and of windows in a text, as soon
-as the questions are answered.
+Every step reads one window of chunks of a batch of texts, then asks, on a fork of the state, for
+the keys that have gone by. The texts go on from the state before the question, and no gradient
+crosses a window's start. A text, its question included, is never longer than 4,096 tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +21,24 @@ from tqdm import tqdm
 
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 
+from ..files import atomic_torch_save
 from ..model import IGNORE, CoMeTModel
 from ..state import CoMeTState
 from ..tasks import passkey
 
+__all__ = ["PHASES", "Phase", "Recipe", "Trainer", "small_config"]
 
-def small_config(hidden=64, layers=3, saturation=0.95) -> CoMeTConfig:
+
+def small_config() -> CoMeTConfig:
+    """The shipped model: 200,451 parameters, 0.8 MB in float32."""
     return CoMeTConfig(
         BackboneConfig(
             vocab_size=256,
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 16,
-            num_key_value_heads=hidden // 16,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
             head_dim=16,
         ),
         MemoryConfig(
@@ -47,155 +47,254 @@ def small_config(hidden=64, layers=3, saturation=0.95) -> CoMeTConfig:
             temporary_memory_size=16,
             compression_stride=8,
             gate_bias=True,
-            gate_saturation=saturation,
+            gate_saturation=0.95,
         ),
     )
 
 
-STAGES = ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 7))
-"""Chunks in a window, windows in a text at most; the last is 28 chunks and a tail."""
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training."""
+
+    steps: int
+    """Windows to train on."""
+
+    windows: tuple[tuple[int, int], ...]
+    """Each text picks one: (chunks in a window, windows in a text at most)."""
+
+    learning_rate: float
+    """Of AdamW, at the phase's start."""
+
+    decays: bool = False
+    """Whether it falls linearly to a fiftieth by the phase's end."""
+
+    language_weight: float = 0.2
+    """Weight of the loss of every token, beside that of the answers."""
+
+    noise: float = 0.02
+    """Standard deviation of what is added to the global state before a window, so that what is
+    stored is an attractor."""
+
+
+LONG = ((1, 1), (1, 3), (2, 3), (1, 10), (2, 8), (4, 7))
+
+PHASES = (
+    Phase(2500, ((1, 1),), 2e-3),
+    Phase(1500, LONG, 3e-3),
+    Phase(1500, LONG, 3e-3, language_weight=0.05, noise=0.03),
+    Phase(5500, LONG, 3e-3, decays=True, language_weight=0.05, noise=0.03),
+)
+"""Find the key one chunk back; carry it; settle."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 6000
+    """What a run does: the same recipe and seed give the same weights on the same machine."""
+
+    phases: tuple[Phase, ...] = PHASES
     batch_size: int = 32
-    learning_rate: float = 2e-3
-    warmup: int = 100
-    decay_from: float = 0.5
-    language_weight: float = 0.2
-    noise: float = 0.02
     hide_queue: float = 0.3
-    raise_at: float = 0.9
+    """Share of windows whose question is asked with an empty queue, so that the global memory
+    learns what the queue could tell."""
+    first_gate_bias: float = 2.0
+    """The gate starts mostly shut, so that what is stored stays while writing is learned."""
+    weight_scale: float = 4.0
+    """Projections and embeddings start at 0.02 times this: the usual 0.02 is for wide models."""
     seed: int = 0
 
+    def phase_at(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and the step within it."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        return self.phases[-1], self.phases[-1].steps
 
-def learning_rate(recipe: Recipe, step: int) -> float:
-    warm = min(1.0, (step + 1) / recipe.warmup)
-    left = (recipe.steps - step) / (recipe.steps * (1 - recipe.decay_from))
-    return recipe.learning_rate * warm * min(1.0, max(left, 0.02))
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+WARMUP = 100
+"""Steps over which the learning rate rises at the start of training."""
 
 
 class Trainer:
-    def __init__(self, config, recipe, folder):
-        self.recipe, self.folder = recipe, Path(folder)
+    """Trains a model; `run` goes on from the folder's checkpoint where there is one."""
+
+    def __init__(self, config: CoMeTConfig, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
         self.model = CoMeTModel(config, seed=recipe.seed)
+        self._start_weights()
+        parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
+                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            ],
+            lr=0.0,
+            betas=(0.9, 0.95),
+        )
+        self.haystack = passkey.read_haystack(split="train")
+        self.step = 0
+        self.texts = 0
+        self.accuracy = 0.0
+        self._load()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run is kept."""
+        return self.folder / "training.pt"
+
+    def _start_weights(self) -> None:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
-                if p.dim() > 1 and "adapter" not in name and "gate" != name.rsplit(".", 1)[-1]:
-                    p.mul_(4.0)
-                if name.endswith("gate_bias"):
-                    p.fill_(2.0)
-        decay = [p for p in self.model.parameters() if p.dim() > 1]
-        rest = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}],
-            lr=recipe.learning_rate, betas=(0.9, 0.95))
-        self.rng = np.random.default_rng(recipe.seed)
-        torch.manual_seed(recipe.seed)
-        self.step = 0
-        self.stage = 0
-        self.accuracy = 0.0
-        self.by = {}
-        self.haystack = passkey.read_haystack(split="train")
+                leaf = name.rpartition(".")[2]
+                if leaf == "gate_bias":
+                    p.fill_(self.recipe.first_gate_bias)
+                elif p.dim() > 1 and leaf != "gate" and not leaf.startswith("adapter"):
+                    p.mul_(self.recipe.weight_scale)
 
-    def documents(self, length, reach):
-        """Bytes [b, length + chunk] of texts without question, keys, ends."""
-        texts, keys, ends = [], [], []
-        for _ in range(self.recipe.batch_size):
-            early = self.rng.random() < 0.6
-            depth = self.rng.random() * (min(1.0, reach / length) if early else 0.95)
-            kind = self.rng.random()
-            hay = None if kind < 0.4 else self.haystack
-            spacing = float(self.rng.choice([150, 400, 1500]))
-            q = len(passkey.QUESTION) + 1
-            skip = 0 if self.rng.random() < 0.25 else len(passkey.DESCRIPTION) + 1
-            e = passkey.make_example(length + skip + q, depth, self.rng, hay, spacing)
-            texts.append(passkey.encode(e.text)[skip : skip + length])
-            keys.append(e.key)
-            ends.append(e.key_end - skip)
-        return np.stack(texts), np.array(keys), np.array(ends)
+    def _load(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        saved = torch.load(self.checkpoint, weights_only=True)
+        if saved["config"] != self.model.config.to_json():
+            raise ValueError(
+                f"{self.checkpoint} is of a model of another config; give an empty folder."
+            )
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.texts, self.accuracy = saved["step"], saved["texts"], saved["accuracy"]
 
-    def run(self):
-        r, chunk = self.recipe, self.model.config.memory.chunk_size
-        bar = tqdm(total=r.steps, initial=self.step, mininterval=10)
-        while self.step < r.steps:
-            w, most = STAGES[self.stage]
-            if self.rng.random() < 0.25:
-                w, most = STAGES[self.rng.integers(self.stage + 1)]
-            windows = int(self.rng.integers(1, most + 1)) if most > 1 else 1
-            texts, keys, ends = self.documents((w * windows + 1) * chunk + 300, w * chunk)
-            ids = torch.from_numpy(texts)
-            state = None
-            for i in range(windows):
-                if self.step >= r.steps:
-                    break
-                state = self.window(ids, keys, ends, state, i * w * chunk, w * chunk, bar)
-                if self.step % 500 == 0:
-                    self.save()
-        self.save()
+    def save(self) -> None:
+        """Write the run's checkpoint, and the model as it is."""
+        run: dict[str, Any] = {
+            "config": self.model.config.to_json(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "texts": self.texts,
+            "accuracy": self.accuracy,
+        }
+        atomic_torch_save(self.checkpoint, run)
+        self.model.save_pretrained(self.folder / "model")
 
-    def window(self, ids, keys, ends, state, start, length, bar):
-        r, chunk = self.recipe, self.model.config.memory.chunk_size
+    def run(self, save_every: int = 500) -> None:
+        """Train to the recipe's end.
+
+        Args:
+            save_every: steps between checkpoints, taken where a batch of texts ends.
+        """
+        bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", smoothing=0.02)
+        saved = self.step
+        while self.step < self.recipe.steps:
+            for loss in self._read_texts():
+                bar.update(1)
+                bar.set_postfix(answers=f"{self.accuracy:.3f}", loss=f"{loss:.3f}")
+            if self.step - saved >= save_every or self.step >= self.recipe.steps:
+                self.save()
+                saved = self.step
+        bar.close()
+
+    def _read_texts(self) -> Iterator[float]:
+        """One batch of texts, window by window; yields each step's loss."""
+        rng = np.random.default_rng([self.recipe.seed, self.texts])
+        torch.manual_seed(int(rng.integers(2**31)))
+        self.texts += 1
+        phase, _ = self.recipe.phase_at(self.step)
+        chunks, most = phase.windows[rng.integers(len(phase.windows))]
+        length = chunks * self.model.config.memory.chunk_size
+        texts = _Texts(self, rng, length, int(rng.integers(1, most + 1)))
+        state: CoMeTState | None = None
+        for start in range(0, texts.windows * length, length):
+            state, loss = self._window(texts, state, start, rng)
+            yield loss
+
+    def _window(
+        self, texts: _Texts, state: CoMeTState | None, start: int, rng: np.random.Generator
+    ) -> tuple[CoMeTState, float]:
+        phase, step = self.recipe.phase_at(self.step)
+        rate = phase.learning_rate * min(1.0, (self.step + 1) / WARMUP)
+        if phase.decays:
+            rate *= max(1 - step / phase.steps, 0.02)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(r, self.step)
+            group["lr"] = rate
         if state is not None:
-            state = dataclasses.replace(state, global_state=tuple(
-                s + r.noise * torch.randn_like(s) for s in state.global_state))
-        part = ids[:, start : start + length]
-        first = start == 0
+            state = dataclasses.replace(
+                state,
+                global_state=tuple(
+                    s + phase.noise * torch.randn_like(s) for s in state.global_state
+                ),
+            )
+        end = start + texts.window
+        part = texts.ids[:, start:end]
         out = self.model(part, labels=part, state=state, logits="none")
-        end = start + length
-        tail = int(self.rng.integers(0, chunk))
-        keys_seen = ends <= end + tail
-        forked = self.model.close_chunk(out.state)
-        carried = forked
-        if self.rng.random() < r.hide_queue:
-            forked = forked.forget_temporary()
-            keys_seen = ends <= end
-        question = passkey.encode("\n" + passkey.QUESTION)
-        answers = [passkey.encode(passkey.ANSWER.format(key=k)) for k in keys]
-        n = max(map(len, answers))
-        labels = np.full((len(keys), n), IGNORE)
-        for row, a in enumerate(answers):
-            if keys_seen[row]:
-                labels[row, : len(a)] = a
-        padded = np.stack([np.pad(a, (0, n - len(a))) for a in answers])
-        # the tail lies so that the question may be cut by the border anywhere
-        ask = np.concatenate([ids[:, end : end + tail].numpy(), np.tile(question, (len(keys), 1)), padded], 1)
-        res = self.model(torch.from_numpy(ask[:, :-1]), state=forked, logits="all")
-        logits = res.logits[:, -n:]
-        target = torch.from_numpy(labels)
-        loss = r.language_weight * out.loss
-        asked = target != IGNORE
-        if asked.any():
-            answer_loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)
-            loss = loss + answer_loss
-        self.optimizer.zero_grad(set_to_none=True)
+        closed = self.model.close_chunk(out.state)
+        asked = closed
+        tail = int(rng.integers(self.model.config.memory.chunk_size))
+        gone_by = texts.ends <= end + tail
+        if rng.random() < self.recipe.hide_queue:
+            asked = closed.forget_temporary()
+            gone_by = texts.ends <= end
+        question, targets = texts.ask(end, tail, gone_by)
+        logits = self.model(question, state=asked).logits[:, -targets.shape[1] :]
+        loss = phase.language_weight * out.loss
+        if gone_by.any():
+            loss = loss + F.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+            )
+            right = (logits.argmax(-1) == targets) | (targets == IGNORE)
+            share = float(right.all(1)[torch.from_numpy(gone_by)].float().mean())
+            self.accuracy += 0.02 * (share - self.accuracy)
+        self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if torch.isfinite(norm):
+        if norm.isfinite():
             self.optimizer.step()
-        if asked.any():
-            right = ((logits.argmax(-1) == target) | ~asked).all(1).numpy()
-            acc = right[keys_seen].mean()
-            self.accuracy += 0.02 * (acc - self.accuracy)
-            old = keys_seen & (ends <= start)
-            for n_, sel in (("new", keys_seen & (ends > start)), ("old", old)):
-                if sel.any():
-                    self.by[n_] = 0.98 * self.by.get(n_, 0) + 0.02 * right[sel].mean()
         self.step += 1
-        if self.accuracy > r.raise_at and self.stage + 1 < len(STAGES):
-            self.stage += 1
-            self.accuracy = 0.0
-        if self.step % 50 == 0:
-            print(json.dumps(dict(step=self.step, stage=self.stage, lm=round(out.loss.item(), 3),
-                ans=round(answer_loss.item(), 3) if asked.any() else None, acc=round(self.accuracy, 3),
-                by={k: round(float(v), 3) for k, v in self.by.items()}, t=int(time.time()) % 100000)), flush=True)
-        bar.update(1)
-        return carried.detach()
+        return closed.detach(), loss.item()
 
-    def save(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(model=self.model.state_dict(), opt=self.optimizer.state_dict(), step=self.step, stage=self.stage,
-            config=self.model.config.to_json(), by=self.by), self.folder / "proto.pt")
+
+class _Texts:
+    """A batch of texts of one length, with their keys."""
+
+    def __init__(
+        self, trainer: Trainer, rng: np.random.Generator, window: int, windows: int
+    ) -> None:
+        self.window, self.windows = window, windows
+        length = window * windows + trainer.model.config.memory.chunk_size
+        rows, keys, ends = [], [], []
+        for _ in range(trainer.recipe.batch_size):
+            # Most texts start anywhere, and most keys come early, so that they are asked for often.
+            skip = 0 if rng.random() < 0.25 else len(passkey.DESCRIPTION) + 1
+            reach = min(1.0, window / length) if rng.random() < 0.6 else 0.95
+            example = passkey.Example(
+                length + skip + 200,
+                depth=rng.random() * reach,
+                seed=int(rng.integers(2**62)),
+                haystack=None if rng.random() < 0.4 else trainer.haystack,
+                spacing=float(rng.choice([150, 400, 1500])),
+            )
+            rows.append(passkey.encode(example.text()[skip : skip + length]))
+            keys.append(example.key)
+            ends.append(example.key_end - skip)
+        self.ids = torch.from_numpy(np.stack(rows))
+        self.keys, self.ends = keys, np.array(ends)
+
+    def ask(self, end: int, tail: int, gone_by: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The texts' next `tail` tokens with the question and answer behind them.
+
+        Returns:
+            Ids, but for the answer's last; targets [b, answer], IGNORE where a key is yet to come.
+        """
+        question = passkey.encode(f"\n{passkey.QUESTION}")
+        said = [passkey.encode(passkey.ANSWER.format(key=key)) for key in self.keys]
+        longest = max(map(len, said))
+        answer = torch.tensor([[*a, *[0] * (longest - len(a))] for a in said])
+        known = torch.tensor([[i < len(a) for i in range(longest)] for a in said])
+        targets = answer.masked_fill(~(known & torch.from_numpy(gone_by)[:, None]), IGNORE)
+        asked = torch.from_numpy(question).expand(len(said), -1)
+        ids = torch.cat([self.ids[:, end : end + tail], asked, answer], dim=1)
+        return ids[:, :-1], targets

@@ -1,0 +1,73 @@
+"""The project's commands: `python -m fast --help`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .tasks import passkey, passkey_report
+from .train.passkey import Recipe, Trainer, small_config
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        arguments: words of the command line; None is the process's own.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="find pass keys in texts up to a million bytes")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the pictures")
+    demo.add_argument("--lengths", type=int, nargs="+", default=list(passkey_report.LENGTHS))
+
+    measure = commands.add_parser("eval", help="measure a task")
+    measure.add_argument("task", choices=["passkey"])
+    measure.add_argument("--variant", choices=passkey.VARIANTS, default="published")
+    measure.add_argument("--lengths", type=int, nargs="+", default=list(passkey_report.LENGTHS))
+    measure.add_argument("--keys", type=int, default=5, help="keys a depth")
+    measure.add_argument("--tails", action="store_true", help="shorten texts at random, so that "
+                         "the last chunk has any size")  # fmt: skip
+    measure.add_argument("--seed", type=int, default=1)
+    measure.add_argument("--model", help="a checkpoint's folder (default: the shipped model)")
+    measure.add_argument("--haystack", help="a text file (default: the built-in text)")
+    measure.add_argument("--out", type=Path, help="folder for results and pictures")
+
+    train = commands.add_parser("train", help="train a model; goes on where it stopped")
+    train.add_argument("task", choices=["passkey"])
+    train.add_argument("--out", type=Path, default=Path("runs/passkey"), help="folder of the run")
+    train.add_argument("--seed", type=int, default=0)
+
+    for command in (demo, measure, train):
+        command.add_argument("--threads", type=int, help="threads to compute with (default: all)")
+    args = parser.parse_args(arguments)
+
+    if args.command == "demo":
+        passkey_report.demo(args.out, args.lengths, args.threads)
+    elif args.command == "eval":
+        results = passkey_report.measure(
+            args.lengths,
+            args.variant,
+            args.keys,
+            tails=args.tails,
+            seed=args.seed,
+            threads=args.threads,
+            model=args.model,
+            haystack=args.haystack,
+        )
+        print(f"\n{passkey_report.table(results)}\n\n{passkey_report.machine(args.threads)}")
+        if args.out is not None:
+            passkey_report.save(results, args.out / f"{args.variant}.json", args.threads)
+            for path in passkey_report.draw(results, args.out):
+                print(f"wrote {path}")
+    else:
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        Trainer(small_config(), Recipe(seed=args.seed), args.out).run()
+
+
+if __name__ == "__main__":
+    main()
