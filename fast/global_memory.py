@@ -13,7 +13,7 @@ __all__ = ["candidate", "gate", "read_global", "update_global"]
 
 
 def candidate(readout: Tensor, weights: Weights, eps: float | None) -> Tensor:
-    """candidate = rms_norm(R'). Twin of `reference.global_memory.candidate`.
+    """Candidate = rms_norm(R'). Twin of `reference.global_memory.candidate`.
 
     Args:
         readout: [b, m, d], the layer's output at the readout tokens.
@@ -27,7 +27,7 @@ def candidate(readout: Tensor, weights: Weights, eps: float | None) -> Tensor:
 
 
 def gate(candidate: Tensor, state: Tensor, weights: Weights, saturation: float) -> Tensor:
-    """g = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation). Twin of
+    """G = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation). Twin of
     `reference.global_memory.gate`.
 
     Args:
@@ -38,7 +38,8 @@ def gate(candidate: Tensor, state: Tensor, weights: Weights, saturation: float) 
     Returns:
         [b, m, 1] (scalar) or [b, m, d] (vector), in [0, 1]: the share of the old state kept.
     """
-    bias = weights["gate_bias"] if "gate_bias" in weights else None
+    has_bias = "gate_bias" in weights
+    bias = weights["gate_bias"] if has_bias else None
     logit = linear(torch.cat([candidate, state], dim=-1), weights["gate"], bias)
     g = sigmoid(logit)
     return g if saturation == 1.0 else torch.clamp(g / saturation, max=1.0)

@@ -8,7 +8,6 @@ float32 or wider and cast back, whatever the model's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,12 +35,12 @@ __all__ = [
     "widen",
 ]
 
-Weights = Mapping[str, Any]
+Weights = Any
 """Tensors by name, nested: a dict, or the `ParameterTree` of a model."""
 
 
 def widen(x: Tensor) -> Tensor:
-    """x in float32 if its dtype is narrower, else x itself."""
+    """X in float32 if its dtype is narrower, else x itself."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -51,7 +50,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b over the last axis. Twin of `reference.layers.linear`.
+    """X W^T + b over the last axis. Twin of `reference.layers.linear`.
 
     Args:
         x: [..., i] any float dtype.
@@ -65,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis. Twin of `reference.layers.rms_norm`.
+    """X / sqrt(mean(x^2) + eps) * weight over the last axis. Twin of `reference.layers.rms_norm`.
 
     Args:
         x: [..., d] any float dtype; the statistic is computed in float32 or wider.
@@ -84,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 def adapter(x: Tensor, weights: Weights) -> Tensor:
-    """x + W_up (W_down x): the low-rank residual adapter. Twin of `reference.layers.adapter`.
+    """X + W_up (W_down x): the low-rank residual adapter. Twin of `reference.layers.adapter`.
 
     Args:
         x: [..., d].
@@ -278,7 +277,9 @@ def decoder_layer(
         hidden [b, n, d], keys and values [b, k, p + n, e] of the row with the new slots.
     """
     normed = rms_norm(hidden, weights["input_layernorm"], config.rms_norm_eps)
-    queries = linear(normed, weights["q_proj"], weights["q_bias"] if config.attention_bias else None)
+    queries = linear(
+        normed, weights["q_proj"], weights["q_bias"] if config.attention_bias else None
+    )
     queries = split_heads(queries, config.num_attention_heads)
     if config.qk_norm:
         queries = rms_norm(queries, weights["q_norm"], config.rms_norm_eps)

@@ -78,7 +78,9 @@ def language_loss(logits: Tensor, labels: Tensor, lengths: np.ndarray | None = N
     Returns:
         Scalar, nats per label, float32 or wider; nan where nothing is predicted.
     """
-    targets = shift_labels(labels, np.full(len(labels), labels.shape[1]) if lengths is None else lengths)
+    targets = shift_labels(
+        labels, np.full(len(labels), labels.shape[1]) if lengths is None else lengths
+    )
     return sum_of_losses(logits, targets) / (targets != IGNORE).sum()
 
 
@@ -344,7 +346,9 @@ class CoMeTModel(nn.Module):
     ) -> tuple[Tensor, np.ndarray, CoMeTState]:
         """The arguments of a call, in their one form, or a ValueError."""
         if not isinstance(ids, Tensor):
-            raise ValueError(f"ids is a {type(ids).__name__}; expected a tensor, e.g. torch.tensor(ids).")
+            raise ValueError(
+                f"ids is a {type(ids).__name__}; expected a tensor, e.g. torch.tensor(ids)."
+            )
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
             raise ValueError(f"ids has dtype {ids.dtype}; expected integers, e.g. ids.long().")
         ids = ids[None] if ids.dim() == 1 else ids
@@ -380,7 +384,11 @@ class CoMeTModel(nn.Module):
 
     def _check_labels(self, labels: Tensor, ids: Tensor) -> Tensor:
         labels = labels[None] if labels.dim() == 1 else labels
-        if labels.shape != ids.shape or labels.device != ids.device or labels.dtype.is_floating_point:
+        if (
+            labels.shape != ids.shape
+            or labels.device != ids.device
+            or labels.dtype.is_floating_point
+        ):
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}, dtype {labels.dtype}, on {labels.device}; "
                 f"expected integers of shape {tuple(ids.shape)} on {ids.device}, like ids."

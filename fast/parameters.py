@@ -49,7 +49,8 @@ class ParameterTree(nn.Module):
 
 def initialize(config: CoMeTConfig, rng: np.random.Generator) -> dict[str, Any]:
     """Fresh weights, the reference's, as float32 tensors. Twin of
-    `reference.parameters.initialize`."""
+    `reference.parameters.initialize`.
+    """
     return to_tensors(specification.initialize(config, rng), torch.float32)
 
 

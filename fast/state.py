@@ -93,7 +93,9 @@ class CoMeTState:
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> CoMeTState:
         """The state with `function` applied to every tensor."""
-        tensors = {name: tuple(function(t) for t in getattr(self, name)) for name in TENSORS}
+        tensors: dict[str, Any] = {
+            name: tuple(function(t) for t in getattr(self, name)) for name in TENSORS
+        }
         return dataclasses.replace(self, **tensors)
 
     def fork(self, copies: int = 1) -> CoMeTState:
@@ -114,7 +116,7 @@ class CoMeTState:
         """
         if copies < 1:
             raise ValueError(f"copies is {copies}; expected at least 1.")
-        counts = {name: np.repeat(getattr(self, name), copies) for name in COUNTS}
+        counts: dict[str, Any] = {name: np.repeat(getattr(self, name), copies) for name in COUNTS}
         forked = self.map_tensors(lambda t: t.repeat_interleave(copies, dim=0))
         return dataclasses.replace(forked, **counts)
 
@@ -274,7 +276,9 @@ class CoMeTState:
         for name, (number, shape) in expected.items():
             tensors = getattr(self, name)
             if len(tensors) != number:
-                raise ValueError(f"the state's {name} has {len(tensors)} layers, expected {number}.")
+                raise ValueError(
+                    f"the state's {name} has {len(tensors)} layers, expected {number}."
+                )
             for tensor in tensors:
                 fits = tensor.dim() == len(shape) and all(
                     want is None or have == want
@@ -292,7 +296,9 @@ class CoMeTState:
                     )
         for name in COUNTS:
             if getattr(self, name).shape != (b,) or (getattr(self, name) < 0).any():
-                raise ValueError(f"the state's {name} is {getattr(self, name)}; expected [{b}] >= 0.")
+                raise ValueError(
+                    f"the state's {name} is {getattr(self, name)}; expected [{b}] >= 0."
+                )
         held = {
             "queue_length": min((t.shape[1] for t in self.temporary_memory), default=0),
             "row_length": min((t.shape[2] for t in self.keys + self.values), default=0),

@@ -26,6 +26,7 @@ from .temporary_memory import update_temporary
 
 __all__ = ["Reading", "close_chunk", "join", "new_state", "open_chunk", "read", "run_row"]
 
+
 def new_state(
     config: CoMeTConfig,
     dtype: torch.dtype = torch.float32,
@@ -62,9 +63,7 @@ def new_state(
     )
 
 
-def _rotation(
-    positions: Tensor, params: Weights, config: CoMeTConfig
-) -> tuple[Tensor, Tensor]:
+def _rotation(positions: Tensor, params: Weights, config: CoMeTConfig) -> tuple[Tensor, Tensor]:
     """Rotary table of host positions, on the weights' device, in float32 or wider."""
     table = params["embed_tokens"]
     dtype = torch.promote_types(table.dtype, torch.float32)
@@ -144,7 +143,9 @@ def _take(x: Tensor, index: np.ndarray) -> Tensor:
     chosen = torch.from_numpy(index).to(x.device)
     if len(index) == 1:
         return x.index_select(1, chosen[0])
-    return x.gather(1, chosen.view(*chosen.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+    return x.gather(
+        1, chosen.view(*chosen.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    )
 
 
 def _embed(text: Tensor, layout: Layout, params: Weights, config: CoMeTConfig) -> Tensor:

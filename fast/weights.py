@@ -72,7 +72,9 @@ def load_checkpoint(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
     tensors = _read_tensors(folder)
     unknown = sorted(set(tensors) - set(named_parameters(shapes(config))))
     if unknown:
-        raise ValueError(f"{folder / MODEL} holds {unknown[:4]}, which the config has no place for.")
+        raise ValueError(
+            f"{folder / MODEL} holds {unknown[:4]}, which the config has no place for."
+        )
     weights = map_parameters(lambda name, _: _fetch(tensors, name, name, folder), shapes(config))
     check_weights(weights, config)
     return config, weights
@@ -219,7 +221,9 @@ SHARED_FIELDS = (
 """Fields of BackboneConfig that the published config has under the same name."""
 
 
-def _published_config(data: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> CoMeTConfig:
+def _published_config(
+    data: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> CoMeTConfig:
     needed = (
         *("vocab_size", "chunk_size", "temp_beacon_stride", "temp_mem_budget"),
         *("global_beacon_ids", "placeholder_id"),
@@ -228,12 +232,15 @@ def _published_config(data: dict[str, Any], tensors: dict[str, Tensor], folder: 
     missing = [name for name in needed if name not in data]
     if missing:
         raise ValueError(f"{folder / CONFIG} lacks {missing}; is the file whole?")
-    down = [t for name, t in tensors.items() if name.endswith("down_proj.weight") and "_net." in name]
+    down = [
+        t for name, t in tensors.items() if name.endswith("down_proj.weight") and "_net." in name
+    ]
+    shared: dict[str, Any] = {name: data.get(name) for name in SHARED_FIELDS}
     return CoMeTConfig(
         BackboneConfig(
             vocab_size=data["vocab_size"],
             qk_norm=True,
-            **{name: data.get(name) for name in SHARED_FIELDS},
+            **shared,
         ),
         MemoryConfig(
             chunk_size=data["chunk_size"],

@@ -27,9 +27,7 @@ def test_gradients_reach_back_and_never_forward(case, data):
     config, seed, ids = case
     i = data.draw(st.integers(0, len(ids) - 1))
     # An id of its own for every position, so that an embedding row is a position.
-    backbone = dataclasses.replace(
-        config.backbone, vocab_size=len(ids), tie_word_embeddings=False
-    )
+    backbone = dataclasses.replace(config.backbone, vocab_size=len(ids), tie_word_embeddings=False)
     config = dataclasses.replace(config, backbone=backbone)
     model = random_model(config, seed)
     out = model(torch.arange(len(ids))[None])
@@ -46,8 +44,7 @@ def test_memory_carries_what_the_chunk_border_cuts(case):
     size, memory = config.memory.chunk_size, config.memory
     n = 2 * size + 1
     carries = memory.has_global or (
-        memory.has_temporary
-        and (memory.trailing_compression or size > memory.compression_stride)
+        memory.has_temporary and (memory.trailing_compression or size > memory.compression_stride)
     )
     backbone = dataclasses.replace(config.backbone, vocab_size=n, tie_word_embeddings=False)
     # A queue that holds every entry, and a gate that is never quite shut.

@@ -248,7 +248,13 @@ FAULTS = {
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the tests that notice)."""
 
-SETUP = {"the last token not read": ("model.py", "step: list[int | None] = [", "before = state\n                step: list[int | None] = [")}
+SETUP = {
+    "the last token not read": (
+        "model.py",
+        "step: list[int | None] = [",
+        "before = state\n                step: list[int | None] = [",
+    )
+}
 """A second edit that a fault needs to run at all."""
 
 

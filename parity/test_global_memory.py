@@ -49,7 +49,10 @@ def test_candidate_gate_and_read(seed, kind, bias, saturation):
         found = fast.candidate(tensor(x), tw, eps)
         assert_twin(found, spec.candidate(x, w, eps), "candidate", tensor(x))
     assert_twin(
-        fast.gate(tensor(x), tensor(s), tw, saturation), spec.gate(x, s, w, saturation), "g", tensor(x)
+        fast.gate(tensor(x), tensor(s), tw, saturation),
+        spec.gate(x, s, w, saturation),
+        "g",
+        tensor(x),
     )
     assert_twin(fast.read_global(tensor(s), tw), spec.read_global(s, w), "G", tensor(s))
 

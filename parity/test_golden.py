@@ -197,7 +197,9 @@ def test_loss_and_every_gradient(golden, case, layout):
     if "readout_embeddings" in grads:
         table[c["global_beacon_ids"]] += grads.pop("readout_embeddings")
     found = {"model.embed_tokens.weight": table} | {published(n): g for n, g in grads.items()}
-    recorded = {k.removeprefix("grad_f64/"): g for k, g in data.items() if k.startswith("grad_f64/")}
+    recorded = {
+        k.removeprefix("grad_f64/"): g for k, g in data.items() if k.startswith("grad_f64/")
+    }
     assert set(found) == set(recorded)
     for name, expected in recorded.items():
         assert_near(found[name], expected, f"{case}, gradient of {name}", FAST_GOLDEN)
@@ -209,7 +211,9 @@ def test_loss_and_every_gradient(golden, case, layout):
         direction = rng.normal(size=p.shape)
         moved[name] = p + 1j * STEP * direction
         if name == "compression_embedding":
-            expected += np.sum(recorded["model.embed_tokens.weight"][c["temp_beacon_id"]] * direction)
+            expected += np.sum(
+                recorded["model.embed_tokens.weight"][c["temp_beacon_id"]] * direction
+            )
         elif name == "readout_embeddings":
             rows = recorded["model.embed_tokens.weight"][c["global_beacon_ids"]]
             expected += np.sum(rows * direction)
@@ -231,9 +235,7 @@ def test_decoding(golden, case, layout):
     _, data, config, params, model = setting(golden, case, layout)
     ids = data["text_ids"]
     text = data["dec_textphase/output_ids_stripped"].tolist()
-    new, _ = spec.generate(
-        ids, stream.new_state(config), params, config, len(text), roll=False
-    )
+    new, _ = spec.generate(ids, stream.new_state(config), params, config, len(text), roll=False)
     assert new == text
     out = model.generate(torch.tensor(ids)[None].long(), max_new_tokens=len(text), roll=False)
     assert out.ids == [text]

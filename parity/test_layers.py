@@ -34,7 +34,9 @@ def layer_of(backbone, seed):
 def test_rms_norm(seed, eps, d):
     rng = np.random.default_rng(seed)
     x, w = normal(rng, B, 4, d), normal(rng, d)
-    assert_twin(fast.rms_norm(tensor(x), tensor(w), eps), spec.rms_norm(x, w, eps), "rms_norm", tensor(x))
+    assert_twin(
+        fast.rms_norm(tensor(x), tensor(w), eps), spec.rms_norm(x, w, eps), "rms_norm", tensor(x)
+    )
 
 
 @given(seeds, st.integers(1, 5), st.integers(1, 3))
@@ -58,7 +60,9 @@ def test_rotary_table_and_frequencies(backbone, start):
     positions = np.arange(start, start + 5)
     assert_near(fast.rotary_frequencies(backbone), spec.rotary_frequencies(backbone), "frequencies")
     found = fast.rotary_table(tensor(positions), backbone)
-    for name, f, e in zip(("cos", "sin"), found, spec.rotary_table(positions, backbone), strict=True):
+    for name, f, e in zip(
+        ("cos", "sin"), found, spec.rotary_table(positions, backbone), strict=True
+    ):
         assert_near(f, e, name, 1e-10)  # an ulp of an angle of 1e5 radians is 1.5e-11
 
 

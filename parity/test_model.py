@@ -93,7 +93,9 @@ def test_one_chunk_is_the_plain_decoder(case):
         )
     expected = spec.predict(hidden, params, config)
     assert_near(model(torch.tensor([ids])).logits[0], expected, "fast")
-    assert_near(spec.forward(ids, stream.new_state(config), params, config)[0], expected, "reference")
+    assert_near(
+        spec.forward(ids, stream.new_state(config), params, config)[0], expected, "reference"
+    )
 
 
 def cast(tree, dtype):

@@ -40,9 +40,7 @@ def test_map_parameters_keeps_the_form(config, seed):
     tree = random_weights(config, seed)
     doubled = spec.map_parameters(lambda _, p: 2 * p, tree)
     names = spec.named_parameters(tree)
-    assert all(
-        np.array_equal(p, 2 * names[n]) for n, p in spec.named_parameters(doubled).items()
-    )
+    assert all(np.array_equal(p, 2 * names[n]) for n, p in spec.named_parameters(doubled).items())
 
 
 @given(configs())

@@ -37,7 +37,9 @@ def test_open_chunk(case):
     model = random_model(config, seed)
     params = arrays_of(model)
     state = model.close_chunk(model(torch.tensor([ids]), logits="none").state)
-    expected = spec.close_chunk(spec.read(ids, spec.new_state(config), params, config)[1], params, config)
+    expected = spec.close_chunk(
+        spec.read(ids, spec.new_state(config), params, config)[1], params, config
+    )
     opened = fast.open_chunk(state, model.weights, config)
     assert_same_stream(opened, 0, spec.open_chunk(expected, params, config), config, "opened")
 

@@ -44,7 +44,10 @@ def test_update_temporary(seed, size, old, new):
     w, old = weights(rng), min(old, size)
     queue, compression = rng.normal(size=(3, old, D)), rng.normal(size=(3, new, D))
     found = fast.update_temporary(
-        torch.from_numpy(queue), torch.from_numpy(compression), to_tensors(w, torch.float64), config(size)
+        torch.from_numpy(queue),
+        torch.from_numpy(compression),
+        to_tensors(w, torch.float64),
+        config(size),
     )
     for b in range(3):
         expected = spec.update_temporary(queue[b], compression[b], w, config(size))

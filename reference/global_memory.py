@@ -1,9 +1,9 @@
 """The global memory: m slots a layer, carried from chunk to chunk under a gate.
 
-    candidate = rms_norm(R')
-    g         = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation)
-    S_{t+1}   = g * S_t + (1 - g) * candidate
-    G_{t+1}   = adapter_g(S_{t+1})
+candidate = rms_norm(R')
+g         = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation)
+S_{t+1}   = g * S_t + (1 - g) * candidate
+G_{t+1}   = adapter_g(S_{t+1})
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["candidate", "gate", "read_global", "update_global"]
 
 
 def candidate(readout: Array, weights: Weights, eps: float | None) -> Array:
-    """candidate = rms_norm(R'): what the chunk proposes to remember.
+    """Candidate = rms_norm(R'): what the chunk proposes to remember.
 
     Args:
         readout: [m, d], R', the layer's output at the readout tokens.
@@ -31,7 +31,7 @@ def candidate(readout: Array, weights: Weights, eps: float | None) -> Array:
 
 
 def gate(candidate: Array, state: Array, weights: Weights, saturation: float) -> Array:
-    """g = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation): the share of S_t kept.
+    """G = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation): the share of S_t kept.
 
     A sigmoid is never 1, so what it keeps fades: 0.999 a chunk is a third after a thousand chunks.
     A saturation below 1 lets g be exactly 1.

@@ -28,6 +28,7 @@ __all__ = [
     "run_row",
 ]
 
+
 @dataclass(frozen=True)
 class StreamState:
     """Where a stream stands: a value, that no function changes.
@@ -93,8 +94,8 @@ def run_row(
     none = np.zeros((backbone.num_key_value_heads, 0, backbone.head_dim), hidden.dtype)
     outputs, keys, values = [], [], []
     for i, weights in enumerate(params["layers"]):
-        past = (state.keys[i], state.values[i]) if state.keys else (none, none)
-        hidden, k, v = decoder_layer(hidden, *past, positions, rotation, weights, backbone)
+        k, v = (state.keys[i], state.values[i]) if state.keys else (none, none)
+        hidden, k, v = decoder_layer(hidden, k, v, positions, rotation, weights, backbone)
         outputs.append(hidden)
         keys.append(k)
         values.append(v)
@@ -188,7 +189,7 @@ def read(
     Returns:
         [n, d], the top layer's output at the text tokens; the state behind the text.
     """
-    ids = np.asarray(ids, dtype=np.int64)
+    text = np.asarray(ids, dtype=np.int64)
     if chunk_sizes is not None:
         sizes = list(chunk_sizes)
     elif roll:
@@ -206,7 +207,7 @@ def read(
             state = close_chunk(state, params, config)
             if backprop_chunks is not None and state.chunks % backprop_chunks == 0:
                 state = detach(state)
-        top, state = _read_in_chunk(ids[start : start + size], state, params, config)
+        top, state = _read_in_chunk(text[start : start + size], state, params, config)
         tops.append(top)
         start += size
     return np.concatenate(tops), state

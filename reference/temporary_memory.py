@@ -1,6 +1,6 @@
 """The temporary memory: a FIFO queue of at most B slots a layer, one entry per group of text.
 
-    T_{t+1} = newest B of [T_t ; adapter_t(rms_norm_t(C'))]
+T_{t+1} = newest B of [T_t ; adapter_t(rms_norm_t(C'))]
 """
 
 from __future__ import annotations

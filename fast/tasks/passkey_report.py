@@ -238,7 +238,9 @@ def draw(results: Sequence[Measured], folder: Path) -> list[Path]:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     seconds = [n / r.tokens_per_second for n, r in zip(lengths, results, strict=True)]
     left.loglog(lengths, seconds, "o-")
-    left.set(xlabel="length (bytes)", ylabel="seconds a text, read 11 at a time", title="Time is linear")
+    left.set(
+        xlabel="length (bytes)", ylabel="seconds a text, read 11 at a time", title="Time is linear"
+    )
     right.semilogx(lengths, [r.peak_bytes / 1e6 for r in results], "o-")
     right.set(xlabel="length (bytes)", ylabel="peak resident memory (MB)", title="Memory is flat")
     right.set_ylim(bottom=0)
