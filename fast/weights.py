@@ -259,6 +259,7 @@ def _check_publishable(config: CoMeTConfig) -> None:
         "memory.gate_bias": (memory.gate_bias, False),
         "memory.gate_saturation": (memory.gate_saturation, 1.0),
         "memory.adapter_rank": (memory.adapter_rank, PUBLISHED_RANK),
+        "memory.trailing_compression": (memory.trailing_compression, True),
         "memory.global_norm_eps": (memory.global_norm_eps, None),
         "memory.temporary_norm_eps": (memory.temporary_norm_eps, 1e-12),
         "backbone.qk_norm": (backbone.qk_norm, True),

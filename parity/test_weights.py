@@ -91,6 +91,11 @@ def test_what_the_published_code_does_not_know_is_not_written(tmp_path, make_con
         ({}, {"adapter_rank": 8, "gate_bias": True}, "memory.gate_bias is True"),
         ({}, {"adapter_rank": 8, "gate_saturation": 0.9}, "memory.gate_saturation is 0.9"),
         ({}, {"adapter_rank": 4}, "memory.adapter_rank is 4"),
+        (
+            {},
+            {"adapter_rank": 8, "trailing_compression": False},
+            "memory.trailing_compression is False",
+        ),
         ({"qk_norm": False}, {"adapter_rank": 8}, "backbone.qk_norm is False"),
     ):
         config = make_config(backbone, memory)
