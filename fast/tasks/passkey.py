@@ -33,6 +33,9 @@ ANSWER = " {key}.\n"
 LARGEST_KEY = 50000
 """Keys are drawn from 1 to this, as published."""
 
+HELD_OUT = 11
+"""Multiples of this are the numbers of the "test" split: training hides and tells all others."""
+
 DISTRACTOR = "The {name} is {number}. Remember it. {number} is the {name}."
 DISTRACTOR_NAMES = (
     "page number", "door code", "locker number", "flight number", "room key", "order number",
@@ -81,6 +84,23 @@ def read_haystack(path: str | Path | None = None, split: str = "test") -> bytes:
     return text
 
 
+def draw_number(rng: np.random.Generator, split: str) -> int:
+    """A key or a distractor's number, evenly from 1 to `LARGEST_KEY`.
+
+    Args:
+        rng: source of randomness.
+        split: "test", a multiple of `HELD_OUT`; or "train", any other number.
+
+    Returns:
+        The number.
+    """
+    held_out = LARGEST_KEY // HELD_OUT
+    if split == "test":
+        return HELD_OUT * int(rng.integers(1, held_out + 1))
+    n = int(rng.integers(LARGEST_KEY - held_out))
+    return n + n // (HELD_OUT - 1) + 1
+
+
 def filler(length: int) -> Iterator[bytes]:
     """The published filler, over and over: pieces of `length` bytes in all."""
     block = FILLER.encode() * 64
@@ -89,7 +109,7 @@ def filler(length: int) -> Iterator[bytes]:
 
 
 def prose(
-    length: int, haystack: bytes, rng: np.random.Generator, spacing: float
+    length: int, haystack: bytes, rng: np.random.Generator, spacing: float, split: str
 ) -> Iterator[bytes]:
     """Real text with distractors between its words.
 
@@ -98,6 +118,7 @@ def prose(
         haystack: text to cut from, a random place first; begun again where it ends.
         rng: source of the place, and of the distractors and theirs.
         spacing: mean bytes between two distractors.
+        split: of the distractors' numbers, "train" or "test".
 
     Yields:
         Pieces of `length` bytes in all.
@@ -107,8 +128,7 @@ def prose(
         end = haystack.find(b" ", at + int(rng.exponential(spacing)) + 1)
         end = len(haystack) if end < 0 else end
         name = DISTRACTOR_NAMES[rng.integers(len(DISTRACTOR_NAMES))]
-        number = int(rng.integers(1, LARGEST_KEY + 1))
-        distractor = DISTRACTOR.format(name=name, number=number)
+        distractor = DISTRACTOR.format(name=name, number=draw_number(rng, split))
         piece = haystack[at:end] + b" " + distractor.encode()
         yield piece[:length]
         length -= len(piece)
@@ -134,6 +154,9 @@ class Example:
     spacing: float = DISTRACTOR_SPACING
     """Mean bytes between two distractors in the prose variant."""
 
+    split: str = "test"
+    """Numbers of the key and the distractors: "train" or "test"."""
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.depth <= 1.0:
             raise ValueError(f"depth is {self.depth}; expected a number from 0 to 1.")
@@ -146,13 +169,17 @@ class Example:
     @property
     def key(self) -> int:
         """The number to give back."""
-        return int(np.random.default_rng([self.seed, 0]).integers(1, LARGEST_KEY + 1))
+        return draw_number(np.random.default_rng([self.seed, 0]), self.split)
+
+    @property
+    def key_start(self) -> int:
+        """Bytes before the key's sentence."""
+        return len(DESCRIPTION) + round(self.depth * self._room()) + 2
 
     @property
     def key_end(self) -> int:
         """Bytes up to the end of the key's sentence."""
-        information = INFORMATION.format(key=self.key)
-        return len(DESCRIPTION) + round(self.depth * self._room()) + len(information) + 2
+        return self.key_start + len(INFORMATION.format(key=self.key))
 
     def _room(self) -> int:
         fixed = len(DESCRIPTION) + len(INFORMATION.format(key=self.key)) + len(QUESTION)
@@ -171,7 +198,7 @@ class Example:
         if self.haystack is None:
             return filler(length)
         rng = np.random.default_rng([self.seed, part])
-        return prose(length, self.haystack, rng, self.spacing)
+        return prose(length, self.haystack, rng, self.spacing, self.split)
 
     def text(self) -> bytes:
         """The whole text at once."""
