@@ -41,12 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--out", type=Path, default=Path("runs/passkey"), help="folder of the run")
     train.add_argument("--seed", type=int, default=0)
 
-    for command in (demo, measure, train):
-        command.add_argument("--threads", type=int, help="threads to compute with (default: all)")
+    train.add_argument("--threads", type=int, help="threads to compute with (default: all)")
+    for command in (demo, measure):
+        command.add_argument("--processes", type=int, help="processes of one thread each to share "
+                             "the depths among (default: one a core)")  # fmt: skip
     args = parser.parse_args(arguments)
 
     if args.command == "demo":
-        passkey_report.demo(args.out, args.lengths, args.threads)
+        passkey_report.demo(args.out, args.lengths, args.processes)
     elif args.command == "eval":
         results = passkey_report.measure(
             args.lengths,
@@ -54,13 +56,13 @@ def main(arguments: list[str] | None = None) -> None:
             args.keys,
             tails=args.tails,
             seed=args.seed,
-            threads=args.threads,
+            processes=args.processes,
             model=args.model,
             haystack=args.haystack,
         )
-        print(f"\n{passkey_report.table(results)}\n\n{passkey_report.machine(args.threads)}")
+        print(f"\n{passkey_report.table(results)}\n\n{passkey_report.machine(args.processes)}")
         if args.out is not None:
-            passkey_report.save(results, args.out / f"{args.variant}.json", args.threads)
+            passkey_report.save(results, args.out / f"{args.variant}.json", args.processes)
             for path in passkey_report.draw(results, args.out):
                 print(f"wrote {path}")
     else:

@@ -48,10 +48,10 @@ class Measured:
     """Keys tried at each depth."""
 
     tokens_per_second: float
-    """Text read, all sequences of the batch together, the model loaded."""
+    """Text read, all sequences and processes together, the model loaded."""
 
     peak_bytes: int
-    """Largest resident set of the process that did it, interpreter and libraries included."""
+    """Largest resident set of any one process, interpreter and libraries included."""
 
     @property
     def right(self) -> int:
@@ -66,14 +66,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures."""
+    """What one process measures: every `of`th depth from the `part`th on."""
 
     variant: str
     length: int
     keys: int
     tails: bool
     seed: int
-    threads: int
+    part: int
+    of: int
     model: str | None
     haystack: str | None
 
@@ -105,13 +106,18 @@ def lower_bound(right: int, trials: int, confidence: float = 0.95) -> float:
 
 
 def _measure(job: Job) -> Measured:
-    """In a process of its own, so that its peak memory is its own."""
-    torch.set_num_threads(job.threads)
+    """One process's part, in a process of its own so that its peak memory is its own.
+
+    One thread a process: threads of one process wait for each other at every operation, and on a
+    busy machine that costs more than the work.
+    """
+    torch.set_num_threads(1)
     folder = None if job.model is None else Path(job.model)
     model = passkey.load_model() if folder is None else CoMeTModel.from_pretrained(folder)
     haystack = passkey.read_haystack(job.haystack) if job.variant == "prose" else None
     rng = np.random.default_rng([job.seed, job.length])
-    found = np.zeros(len(DEPTHS), dtype=np.int64)
+    mine = slice(job.part, None, job.of)
+    found = np.zeros(len(DEPTHS[mine]), dtype=np.int64)
     read, seconds = 0, 0.0
     for _ in range(job.keys):
         # A random tail, so that the question meets chunk borders anywhere.
@@ -119,12 +125,12 @@ def _measure(job: Job) -> Measured:
         seeds = rng.integers(2**62, size=len(DEPTHS)).tolist()
         examples = [
             passkey.Example(length, depth, seed, haystack)
-            for depth, seed in zip(DEPTHS, seeds, strict=True)
+            for depth, seed in zip(DEPTHS[mine], seeds[mine], strict=True)
         ]
         start = time.perf_counter()
         found += passkey.found(model, examples)
         seconds += time.perf_counter() - start
-        read += length * len(DEPTHS)
+        read += length * len(examples)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     return Measured(job.variant, job.length, found.tolist(), job.keys, read / seconds, peak)
@@ -137,7 +143,7 @@ def measure(
     *,
     tails: bool = False,
     seed: int = 1,
-    threads: int | None = None,
+    processes: int | None = None,
     model: str | None = None,
     haystack: str | None = None,
 ) -> list[Measured]:
@@ -146,35 +152,41 @@ def measure(
     Args:
         lengths: bytes of the texts.
         variant: "published" or "prose".
-        keys: keys a depth, each in a text of its own; the depths are read side by side.
+        keys: keys a depth, each in a text of its own; a process reads its depths side by side.
         tails: shorten each text by 0 to a chunk less one byte, at random.
         seed: of keys and texts.
-        threads: of a process; None is all cores.
+        processes: to share the depths among, of one thread each; None is one a core.
         model: a checkpoint's folder; None is the shipped model.
         haystack: a text file for the prose variant; None is the built-in text's test split.
 
     Returns:
-        One result a length, measured one after another in processes of their own.
+        One result a length, measured one after another, in new processes each.
     """
-    threads = threads or os.cpu_count() or 1
+    of = min(processes or os.cpu_count() or 1, len(DEPTHS))
     results = []
     context = multiprocessing.get_context("spawn")
     for length in tqdm(lengths, desc=variant, unit="length"):
-        job = Job(variant, length, keys, tails, seed, threads, model, haystack)
-        with context.Pool(1) as pool:
-            results.append(pool.apply(_measure, (job,)))
+        jobs = [
+            Job(variant, length, keys, tails, seed, part, of, model, haystack) for part in range(of)
+        ]
+        with context.Pool(of, maxtasksperchild=1) as pool:
+            parts = pool.map(_measure, jobs, chunksize=1)
+        found = [parts[depth % of].found[depth // of] for depth in range(len(DEPTHS))]
+        speed = sum(part.tokens_per_second for part in parts)
+        peak = max(part.peak_bytes for part in parts)
+        results.append(Measured(variant, length, found, keys, speed, peak))
     return results
 
 
-def machine(threads: int | None = None) -> str:
-    """Processor, threads and versions, for the foot of a table."""
+def machine(processes: int | None = None) -> str:
+    """Processor, processes and versions, for the foot of a table."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = names[0].partition(":")[2].strip() if names else name
     return (
-        f"{name}, {threads or os.cpu_count()} threads, Python {platform.python_version()}, "
+        f"{name}, {processes or os.cpu_count()} processes of one thread, Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )
 
@@ -182,7 +194,7 @@ def machine(threads: int | None = None) -> str:
 def table(results: Sequence[Measured]) -> str:
     """A Markdown table: length, keys found, the bound, speed, memory."""
     lines = [
-        "| variant | length (bytes) | found | at least (95 %) | tokens/s | peak memory (MB) |",
+        "| variant | length (bytes) | found | at least (95 %) | tokens/s | peak memory of a process (MB) |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
@@ -194,9 +206,9 @@ def table(results: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def save(results: Sequence[Measured], path: Path, threads: int | None = None) -> None:
+def save(results: Sequence[Measured], path: Path, processes: int | None = None) -> None:
     """Write results and the machine as JSON."""
-    data = {"machine": machine(threads), "results": [asdict(r) for r in results]}
+    data = {"machine": machine(processes), "results": [asdict(r) for r in results]}
     atomic_write(path, json.dumps(data, indent=1) + "\n")
 
 
@@ -238,11 +250,11 @@ def draw(results: Sequence[Measured], folder: Path) -> list[Path]:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     seconds = [n / r.tokens_per_second for n, r in zip(lengths, results, strict=True)]
     left.loglog(lengths, seconds, "o-")
-    left.set(
-        xlabel="length (bytes)", ylabel="seconds a text, read 11 at a time", title="Time is linear"
-    )
+    left.set(xlabel="length (bytes)", ylabel="seconds a text", title="Time is linear")
     right.semilogx(lengths, [r.peak_bytes / 1e6 for r in results], "o-")
-    right.set(xlabel="length (bytes)", ylabel="peak resident memory (MB)", title="Memory is flat")
+    right.set(
+        xlabel="length (bytes)", ylabel="peak memory of a process (MB)", title="Memory is flat"
+    )
     right.set_ylim(bottom=0)
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -254,15 +266,15 @@ def draw(results: Sequence[Measured], folder: Path) -> list[Path]:
     return [heat, curves]
 
 
-def demo(folder: Path, lengths: Sequence[int] = LENGTHS, threads: int | None = None) -> None:
+def demo(folder: Path, lengths: Sequence[int] = LENGTHS, processes: int | None = None) -> None:
     """The main job: keys in texts up to a million bytes, found in flat memory; prints and draws.
 
     Args:
         folder: where the pictures and the results go.
         lengths: bytes of the texts.
-        threads: to compute with; None is all cores.
+        processes: see `measure`.
     """
-    results = measure(lengths, threads=threads)
+    results = measure(lengths, processes=processes)
     print()
     print("depth " + "".join(f"{r.length:>11,}" for r in results))
     for row, depth in enumerate(DEPTHS):
@@ -270,8 +282,8 @@ def demo(folder: Path, lengths: Sequence[int] = LENGTHS, threads: int | None = N
         print(f"{depth:>5.0%} " + "".join(f"{mark:>11}" for mark in marks))
     print()
     print(table(results))
-    print(f"\n{machine(threads)}")
-    save(results, folder / "demo.json", threads)
+    print(f"\n{machine(processes)}")
+    save(results, folder / "demo.json", processes)
     for path in draw(results, folder):
         print(f"wrote {path}")
     right, trials = sum(r.right for r in results), sum(r.trials for r in results)

@@ -3,6 +3,10 @@
 Every step reads one window of chunks of a batch of texts, then asks, on a fork of the state, for
 the keys that have gone by. The texts go on from the state before the question, and no gradient
 crosses a window's start. A text, its question included, is never longer than 4,096 tokens.
+
+Three losses: the answer's; every token's, which teaches to read; and how much a window without a
+key changes the global memory, which teaches the gate to stay shut. The last one is what carries
+over to texts that are longer by orders: what never changes does not age.
 """
 
 from __future__ import annotations
@@ -70,6 +74,9 @@ class Phase:
 
     language_weight: float = 0.2
     """Weight of the loss of every token, beside that of the answers."""
+
+    stay_weight: float = 0.2
+    """Weight of the mean change of the global state over a window that the key is not in."""
 
     noise: float = 0.02
     """Standard deviation of what is added to the global state before a window, so that what is
@@ -241,6 +248,9 @@ class Trainer:
         question, targets = texts.ask(end, tail, gone_by)
         logits = self.model(question, state=asked).logits[:, -targets.shape[1] :]
         loss = phase.language_weight * out.loss
+        if state is not None:
+            quiet = torch.from_numpy((texts.starts >= end) | (texts.ends <= start))
+            loss = loss + phase.stay_weight * _change(state, closed)[quiet].sum() / len(quiet)
         if gone_by.any():
             loss = loss + F.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
@@ -257,6 +267,12 @@ class Trainer:
         return closed.detach(), loss.item()
 
 
+def _change(before: CoMeTState, after: CoMeTState) -> Tensor:
+    """Mean absolute change of the global state, [b]."""
+    pairs = zip(before.global_state, after.global_state, strict=True)
+    return torch.stack([(new - old).abs().mean((1, 2)) for old, new in pairs]).mean(0)
+
+
 class _Texts:
     """A batch of texts of one length, with their keys."""
 
@@ -265,7 +281,7 @@ class _Texts:
     ) -> None:
         self.window, self.windows = window, windows
         length = window * windows + trainer.model.config.memory.chunk_size
-        rows, keys, ends = [], [], []
+        rows, keys, starts, ends = [], [], [], []
         for _ in range(trainer.recipe.batch_size):
             # Most texts start anywhere, and most keys come early, so that they are asked for often.
             skip = 0 if rng.random() < 0.25 else len(passkey.DESCRIPTION) + 1
@@ -276,12 +292,14 @@ class _Texts:
                 seed=int(rng.integers(2**62)),
                 haystack=None if rng.random() < 0.4 else trainer.haystack,
                 spacing=float(rng.choice([150, 400, 1500])),
+                split="train",
             )
             rows.append(passkey.encode(example.text()[skip : skip + length]))
             keys.append(example.key)
+            starts.append(example.key_start - skip)
             ends.append(example.key_end - skip)
         self.ids = torch.from_numpy(np.stack(rows))
-        self.keys, self.ends = keys, np.array(ends)
+        self.keys, self.starts, self.ends = keys, np.array(starts), np.array(ends)
 
     def ask(self, end: int, tail: int, gone_by: np.ndarray) -> tuple[Tensor, Tensor]:
         """The texts' next `tail` tokens with the question and answer behind them.
