@@ -269,7 +269,7 @@ class CoMeTModel(nn.Module):
         Args:
             ids: [b, n] or [n] text to continue, n >= 1, padded at the right.
             state: where the streams stand; None starts new ones. It is not changed.
-            max_new_tokens: text tokens per sequence, at most.
+            max_new_tokens: text tokens per sequence, at most; 0 reads the text alone.
             stop_ids: a sequence ends after one of these.
             roll: whether new tokens open new chunks; False stays in the open chunk, as the
                 published code does, and memory grows with the continuation.
@@ -287,12 +287,12 @@ class CoMeTModel(nn.Module):
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, sizes, state = self._check(ids, lengths, state)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 0.")
         check_sampling(temperature, top_k, top_p)
         params, config, b = self.weights, self.config, len(ids)
         new: list[list[int]] = [[] for _ in range(b)]
-        running = np.ones(b, dtype=bool)
+        running = np.full(b, max_new_tokens > 0)
         with torch.no_grad():
             last: Tensor | None = None
             for part in read(ids, state, params, config, lengths=sizes):

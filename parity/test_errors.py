@@ -43,7 +43,7 @@ CALLS = [
     (lambda m, s: m(TEXT, state=s, lengths=[5], chunk_sizes=[3, 3]), "but lengths differ"),
     (lambda m, s: m(TEXT, state=s, backprop_chunks=0), "backprop_chunks is 0"),
     (lambda m, s: m(TEXT.expand(2, -1), state=s), "the state has batch size 1, the input 2"),
-    (lambda m, s: m.generate(TEXT, s, max_new_tokens=0), "max_new_tokens is 0"),
+    (lambda m, s: m.generate(TEXT, s, max_new_tokens=-1), "max_new_tokens is -1"),
     (lambda m, s: m.generate(TEXT, s, temperature=-1.0), "temperature is -1.0"),
     (lambda m, s: m.generate(TEXT, s, temperature=1.0, top_k=0), "top_k is 0"),
     (lambda m, s: m.generate(TEXT, s, temperature=1.0, top_p=1.5), "top_p is 1.5"),

@@ -192,7 +192,6 @@ def test_float32_is_as_exact_as_the_reference_in_float32(backbone, seed):
     tw = to_tensors(w, torch.float32)
     empty = tensor(none32)[None]
     found = fast.decoder_layer(tensor(x32)[None], empty, empty, tensor(at), t32, tw, backbone)[0]
-    factor = YARDSTICK[torch.float32]
-    allowed = factor * (largest_error(own, exact) + np.finfo(np.float32).eps)
+    allowed = YARDSTICK * (largest_error(own, exact) + np.finfo(np.float32).eps)
     assert found.dtype == torch.float32
     assert largest_error(found[0], exact) <= allowed

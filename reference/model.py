@@ -83,7 +83,7 @@ def generate(
     Args:
         ids: [n >= 1] text to continue.
         state: where the stream stands.
-        max_new_tokens: text tokens at most.
+        max_new_tokens: text tokens at most; 0 reads the text alone.
         stop_ids: decoding ends after one of these.
         roll: whether new tokens open new chunks, which keeps memory flat; False stays in the open
             chunk, as the published code does.

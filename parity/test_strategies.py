@@ -1,0 +1,85 @@
+"""The strategies reach every corner that the design names: a property is as deep as its inputs."""
+
+import pytest
+from hypothesis import Phase, find, given, settings
+
+from reference import stream
+
+from .strategies import cases, random_weights
+
+
+def chunk(case):
+    return case[0].memory.chunk_size
+
+
+def entries(case):
+    """Entries that a text, its last chunk left open, has put into the queue: no cap. A full
+    group's compression token is read when the next text token comes, or the chunk closes."""
+    memory, n = case[0].memory, len(case[2])
+    size, stride = memory.chunk_size, memory.compression_stride
+    if not stride:
+        return 0
+    full, last = divmod(n - 1, size)
+    closed = -(-size // stride) if memory.trailing_compression else (size - 1) // stride
+    return full * closed + last // stride
+
+
+CORNERS = {
+    "shorter than a chunk": lambda c: len(c[2]) < chunk(c) - 1,
+    "k * chunk - 1": lambda c: chunk(c) > 2 and len(c[2]) % chunk(c) == chunk(c) - 1,
+    "k * chunk": lambda c: len(c[2]) > chunk(c) > 2 and len(c[2]) % chunk(c) == 0,
+    "k * chunk + 1": lambda c: len(c[2]) > chunk(c) > 2 and len(c[2]) % chunk(c) == 1,
+    "three chunks and more": lambda c: len(c[2]) > 3 * chunk(c),
+    "one token": lambda c: len(c[2]) == 1,
+    "a chunk of one token": lambda c: chunk(c) == 1 and len(c[2]) > 1,
+    "queue empty": lambda c: c[0].memory.has_temporary and entries(c) == 0,
+    "queue not full": lambda c: 0 < entries(c) < c[0].memory.temporary_memory_size,
+    "queue exactly full": lambda c: (
+        len(c[2]) > chunk(c) and entries(c) == c[0].memory.temporary_memory_size
+    ),
+    "queue overflows by less than a chunk": lambda c: (
+        0 < entries(c) - c[0].memory.temporary_memory_size < chunk(c)
+    ),
+    "queue overflows by more than a chunk": lambda c: (
+        entries(c) - c[0].memory.temporary_memory_size > chunk(c)
+    ),
+    "stride does not divide the chunk": lambda c: (
+        c[0].memory.has_temporary and chunk(c) > c[0].memory.compression_stride
+        and chunk(c) % c[0].memory.compression_stride != 0
+    ),
+    "stride exceeds the chunk": lambda c: c[0].memory.compression_stride > chunk(c),
+    "no global memory": lambda c: not c[0].memory.has_global and c[0].memory.has_temporary,
+    "no temporary memory": lambda c: c[0].memory.has_global and not c[0].memory.has_temporary,
+    "no memory": lambda c: not c[0].memory.has_global and not c[0].memory.has_temporary,
+    "vector gate": lambda c: c[0].memory.has_global and c[0].memory.gate == "vector",
+    "saturating gate with a bias": lambda c: (
+        c[0].memory.has_global and c[0].memory.gate_bias and c[0].memory.gate_saturation < 1
+    ),
+    "published inference": lambda c: not c[0].memory.trailing_compression,
+    "one layer": lambda c: c[0].backbone.num_hidden_layers == 1,
+    "three layers": lambda c: c[0].backbone.num_hidden_layers == 3,
+    "one head": lambda c: c[0].backbone.num_attention_heads == 1,
+    "grouped heads": lambda c: (
+        c[0].backbone.num_attention_heads > c[0].backbone.num_key_value_heads > 1
+    ),
+    "Qwen3": lambda c: c[0].backbone.qk_norm and not c[0].backbone.attention_bias,
+    "Qwen2": lambda c: c[0].backbone.attention_bias and not c[0].backbone.qk_norm,
+    "tied": lambda c: c[0].backbone.tie_word_embeddings,
+    "scaled positions": lambda c: c[0].backbone.rope_scaling is not None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("corner", CORNERS)
+def test_a_corner_is_reached_in_a_hundred_cases(corner):
+    """As many as a property meets; `find` raises where there is none."""
+    few = settings(max_examples=100, database=None, derandomize=True, phases=[Phase.generate])
+    find(cases(), CORNERS[corner], settings=few)
+
+
+@given(cases())
+def test_the_corners_count_the_queue_s_entries_right(case):
+    config, seed, ids = case
+    params = random_weights(config, seed)
+    state = stream.read(ids, stream.new_state(config), params, config)[-1]
+    held = len(state.temporary_memory[0]) if config.memory.has_temporary else 0
+    assert held == min(entries(case), config.memory.temporary_memory_size)
