@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
 from fast.parameters import initialize, to_arrays
+from fast.weights import LAYER_NAMES, TOP_NAMES
 from reference import parameters as spec
 
 from .strategies import configs, random_model, random_weights, seeds
@@ -132,3 +134,22 @@ def test_random_model_holds_random_weights(config, seed):
     arrays = spec.named_parameters(to_arrays(random_model(config, seed).weights))
     expected = spec.named_parameters(random_weights(config, seed))
     assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
+
+
+def test_the_notation_page_is_whole():
+    """Every config field with its default, every weight with its published name."""
+    page = (Path(__file__).parent.parent / "docs" / "notation.md").read_text()
+    rows = {
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in page.splitlines()
+        if line.startswith("|")
+    }
+    for kind in (BackboneConfig, MemoryConfig):
+        for field in dataclasses.fields(kind):
+            (told,) = [row[2].strip('`"') for row in rows if row[0] == f"`{field.name}`"]
+            missing = field.default is dataclasses.MISSING
+            default = "" if missing else str(field.default)
+            assert told == default or float(told) == float(default), field.name
+    weights = {row[0].split(" (")[0]: row[-1].strip("`") for row in rows if len(row) == 3}
+    assert {name: weights[f"layer `{name}`"] for name in LAYER_NAMES} == LAYER_NAMES
+    assert {name: weights[f"`{name}`"] for name in TOP_NAMES} == TOP_NAMES
