@@ -88,8 +88,7 @@ LONG = ((1, 1), (1, 3), (2, 3), (1, 10), (2, 8), (4, 7))
 PHASES = (
     Phase(2500, ((1, 1),), 2e-3),
     Phase(1500, LONG, 3e-3),
-    Phase(1500, LONG, 3e-3, language_weight=0.05, noise=0.03),
-    Phase(5500, LONG, 3e-3, decays=True, language_weight=0.05, noise=0.03),
+    Phase(5000, LONG, 3e-3, decays=True, language_weight=0.05, noise=0.03),
 )
 """Find the key one chunk back; carry it; settle."""
 
