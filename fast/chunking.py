@@ -8,7 +8,7 @@ its open chunk, closes it, does both, or waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -149,6 +149,27 @@ class Layout:
 
     readout: np.ndarray
     """[rows, m]: slots of the readout tokens; zeros where a row does not close."""
+
+    def trim(self, take: np.ndarray, outputs: str, closes: bool) -> tuple[np.ndarray, Layout]:
+        """The slots whose output is read at the top layer, where text may not be.
+
+        Args:
+            take: [rows] text tokens of the round.
+            outputs: text tokens that are read: each row's "last", or "none".
+            closes: whether the readout tokens are read.
+
+        Returns:
+            [rows, k] those slots; the layout of the output at them, in that order.
+        """
+        text = self.text[:, :0]
+        if outputs == "last":
+            text = np.take_along_axis(self.text, np.maximum(take - 1, 0)[:, None], axis=1)
+        parts = [text, self.compression, self.readout if closes else self.readout[:, :0]]
+        ends = np.cumsum([part.shape[1] for part in parts])
+        places = np.split(np.arange(ends[-1])[None], ends[:-1], axis=1)
+        text, compression, readout = places
+        trimmed = replace(self, text=text, compression=compression, readout=readout)
+        return np.concatenate(parts, axis=1), trimmed
 
 
 def lay_out_batch(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +33,7 @@ __all__ = [
     "sigmoid",
     "split_heads",
     "swiglu",
+    "take_slots",
     "widen",
 ]
 
@@ -155,6 +157,24 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def take_slots(x: Tensor, index: np.ndarray) -> Tensor:
+    """Some slots of every sequence, [b, n, ...] -> [b, k, ...].
+
+    Args:
+        x: [b, n] or [b, n, ...].
+        index: [1, k] on the host, the same slots in every sequence, or [b, k].
+
+    Returns:
+        [b, k, ...], in the order of the index.
+    """
+    chosen = torch.from_numpy(index).to(x.device)
+    if len(index) == 1:
+        return x.index_select(1, chosen[0])
+    return x.gather(
+        1, chosen.view(*chosen.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    )
+
+
 def append_slots(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     """Keys or values of a row with those of its new slots: index = position in the row.
 
@@ -262,6 +282,7 @@ def decoder_layer(
     rotation: tuple[Tensor, Tensor],
     weights: Weights,
     config: BackboneConfig,
+    outputs: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pre-norm decoder layer over new slots of a row. Twin of
     `reference.layers.decoder_layer`.
@@ -272,11 +293,24 @@ def decoder_layer(
         positions: [n] or [b, n], see `append_slots`.
         rotation: (cos, sin) of those positions, see `rotary_table`.
         weights: one layer's tensors.
+        outputs: [1, k] or [b, k] on the host, the new slots whose output is asked for; None is
+            all. The others give a key and a value, and nothing more of them is computed.
 
     Returns:
-        hidden [b, n, d], keys and values [b, k, p + n, e] of the row with the new slots.
+        hidden [b, n or k, d], keys and values [b, k, p + n, e] of the row with the new slots.
     """
     normed = rms_norm(hidden, weights["input_layernorm"], config.rms_norm_eps)
+    new_keys, new_values = project_keys_values(normed, rotation, weights, config)
+    keys = append_slots(keys, new_keys, positions)
+    values = append_slots(values, new_values, positions)
+    if outputs is not None:
+        hidden, normed = take_slots(hidden, outputs), take_slots(normed, outputs)
+        positions, cos, sin = (
+            # [n, ...] where the rows are alike, else [b, n, ...]
+            take_slots(t[None], outputs)[0] if positions.dim() == 1 else take_slots(t, outputs)
+            for t in (positions, *rotation)
+        )
+        rotation = (cos, sin)
     queries = linear(
         normed, weights["q_proj"], weights["q_bias"] if config.attention_bias else None
     )
@@ -284,9 +318,6 @@ def decoder_layer(
     if config.qk_norm:
         queries = rms_norm(queries, weights["q_norm"], config.rms_norm_eps)
     queries = rotate(queries, rotation)
-    new_keys, new_values = project_keys_values(normed, rotation, weights, config)
-    keys = append_slots(keys, new_keys, positions)
-    values = append_slots(values, new_values, positions)
     mixed = merge_heads(attention(queries, keys, values, positions))
     hidden = hidden + linear(mixed, weights["o_proj"])
     normed = rms_norm(hidden, weights["post_attention_layernorm"], config.rms_norm_eps)

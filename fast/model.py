@@ -229,7 +229,10 @@ class CoMeTModel(nn.Module):
         last: Tensor | None = None
         loss = widen(self.weights["norm"]).new_zeros(())
         params, config = self.weights, self.config
-        for part in read(ids, state, params, config, chunk_sizes, True, backprop_chunks, sizes):
+        outputs = logits if targets is None else "all"
+        for part in read(
+            ids, state, params, config, chunk_sizes, True, backprop_chunks, sizes, outputs
+        ):
             state = part.state
             if targets is not None:
                 wanted = part.gather(targets, IGNORE)
@@ -295,7 +298,7 @@ class CoMeTModel(nn.Module):
         running = np.full(b, max_new_tokens > 0)
         with torch.no_grad():
             last: Tensor | None = None
-            for part in read(ids, state, params, config, lengths=sizes):
+            for part in read(ids, state, params, config, lengths=sizes, outputs="last"):
                 last, state = part.last(last), part.state
             while running.any() and last is not None:
                 logits = predict(last, params, config)  # [b, vocab]
@@ -305,7 +308,9 @@ class CoMeTModel(nn.Module):
                     for token, run in zip(tokens.tolist(), running, strict=True)
                 ]
                 take = running.astype(np.int64)
-                for part in read(tokens[:, None], state, params, config, None, roll, None, take):
+                for part in read(
+                    tokens[:, None], state, params, config, None, roll, None, take, "last"
+                ):
                     last, state = part.last(last), part.state
                 for row, token in enumerate(step):
                     if token is not None:

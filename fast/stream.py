@@ -20,7 +20,7 @@ from reference.config import CoMeTConfig
 
 from .chunking import Layout, Round, lay_out_batch, plan_rounds
 from .global_memory import read_global, update_global
-from .layers import Weights, decoder_layer, project_memory, rotary_table
+from .layers import Weights, decoder_layer, project_memory, rotary_table, take_slots
 from .state import CoMeTState, fingerprint
 from .temporary_memory import update_temporary
 
@@ -133,21 +133,6 @@ def open_chunk(
     )
 
 
-def _take(x: Tensor, index: np.ndarray) -> Tensor:
-    """Slots of every sequence: [b, n, ...] -> [b, k, ...].
-
-    Args:
-        x: [b, n, d] or [b, n].
-        index: [1, k], the same slots in every sequence, or [b, k].
-    """
-    chosen = torch.from_numpy(index).to(x.device)
-    if len(index) == 1:
-        return x.index_select(1, chosen[0])
-    return x.gather(
-        1, chosen.view(*chosen.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-    )
-
-
 def _embed(text: Tensor, layout: Layout, params: Weights, config: CoMeTConfig) -> Tensor:
     """Embeddings of a round's slots, [b, take] ids -> [b, n, d]."""
     table = params["embed_tokens"]
@@ -158,11 +143,16 @@ def _embed(text: Tensor, layout: Layout, params: Weights, config: CoMeTConfig) -
         parts.append(table.new_zeros(len(text), 1, table.shape[1]))
     if config.memory.has_global:
         parts.append(params["readout_embeddings"].expand(len(text), -1, -1))
-    return _take(torch.cat(parts, dim=1), layout.source)
+    return take_slots(torch.cat(parts, dim=1), layout.source)
 
 
 def run_row(
-    text: Tensor, state: CoMeTState, params: Weights, config: CoMeTConfig, plan: Round
+    text: Tensor,
+    state: CoMeTState,
+    params: Weights,
+    config: CoMeTConfig,
+    plan: Round,
+    outputs: str = "all",
 ) -> tuple[Tensor, CoMeTState]:
     """One round: new slots of every open row up the layers, the memories updated on the way.
 
@@ -173,10 +163,12 @@ def run_row(
         text: [b, widest] ids, each sequence's `plan.take` first.
         state: where the streams stand; rows with new slots have been opened.
         plan: what each sequence reads, and whether its chunk closes.
+        outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
+            The top layer computes no others.
 
     Returns:
-        [b, widest, d], the top layer's output at the text tokens (behind a sequence's own, any
-        value); the state behind the round.
+        [b, widest, 1 or 0, d], the top layer's output at those text tokens (where a sequence has
+        none, any value); the state behind the round.
     """
     memory, backbone = config.memory, config.backbone
     facts = np.stack([state.row_length, state.open_tokens, state.queue_length, plan.take])
@@ -207,18 +199,21 @@ def run_row(
         )
 
     states, queues, all_keys, all_values = [], [], [], []
+    asked = None
     for i, weights in enumerate(params["layers"]):
+        if outputs != "all" and i == backbone.num_hidden_layers - 1:
+            asked, layout = layout.trim(plan.take[rows], outputs, bool(plan.close.any()))
         keys, values = (state.keys[i], state.values[i]) if state.keys else (empty, empty)
         keys, values = keys[:, :, :longest], values[:, :, :longest]
         hidden, keys, values = decoder_layer(
-            hidden, keys, values, positions, rotation, weights, backbone
+            hidden, keys, values, positions, rotation, weights, backbone, asked
         )
         all_keys.append(keys)
         all_values.append(values)
         if memory.has_temporary:
             queue = state.temporary_memory[i]
             if layout.compression.size:
-                compression = _take(hidden, layout.compression)
+                compression = take_slots(hidden, layout.compression)
                 queue = queue[:, : int(state.queue_length[0])] if alike else queue
                 queue = update_temporary(
                     queue, compression, weights["temporary_memory"], memory, counts
@@ -227,7 +222,7 @@ def run_row(
         if memory.has_global:
             old = state.global_state[i]
             if plan.close.any():
-                readout = _take(hidden, layout.readout)
+                readout = take_slots(hidden, layout.readout)
                 net = weights["global_memory"]
                 new = old
                 if later.any():
@@ -242,7 +237,7 @@ def run_row(
     queue_length = state.queue_length
     if memory.has_temporary:
         queue_length = np.minimum(queue_length + new_entries, memory.temporary_memory_size)
-    return _take(hidden, layout.text), dataclasses.replace(
+    return take_slots(hidden, layout.text), dataclasses.replace(
         state,
         tokens=state.tokens + plan.take,
         chunks=state.chunks + plan.close,
@@ -261,7 +256,8 @@ class Reading:
     """One round of `read`."""
 
     hidden: Tensor
-    """[b, widest, d], the top layer's output at the text tokens."""
+    """[b, widest, d], the top layer's output at the text tokens; [b, 1, d] where only the last
+    one of each sequence was asked for, [b, 0, d] where none was."""
 
     start: np.ndarray
     """[b] where in the call each sequence's tokens of this round start."""
@@ -284,14 +280,15 @@ class Reading:
         offset = np.arange(int(self.take.max()))
         columns = np.minimum(self.start[:, None] + offset, x.shape[1] - 1)
         padding = torch.from_numpy(offset >= self.take[:, None]).to(x.device)
-        return _take(x, columns).masked_fill(padding, fill)
+        return take_slots(x, columns).masked_fill(padding, fill)
 
     def last(self, before: Tensor | None) -> Tensor | None:
         """[b, d], each sequence's last output: this round's, or what it was before."""
-        if not self.take.any():
+        width = self.hidden.shape[1]
+        if not width:
             return before
-        column = np.maximum(self.take - 1, 0)[: 1 if self.alike else None, None]
-        newest = _take(self.hidden, column)[:, 0]
+        column = np.clip(self.take - 1, 0, width - 1)[: 1 if self.alike else None, None]
+        newest = take_slots(self.hidden, column)[:, 0]
         return newest if before is None else _choose(self.take > 0, newest, before)
 
 
@@ -307,7 +304,7 @@ def join(parts: Sequence[Reading], n: int) -> Tensor:
             column[row, start : start + take] = offset + np.arange(take)
             real[row, start : start + take] = True
         offset += part.hidden.shape[1]
-    return _take(both, column) * torch.from_numpy(real).to(device)[..., None]
+    return take_slots(both, column) * torch.from_numpy(real).to(device)[..., None]
 
 
 def read(
@@ -319,6 +316,7 @@ def read(
     roll: bool = True,
     backprop_chunks: int | None = None,
     lengths: np.ndarray | None = None,
+    outputs: str = "all",
 ) -> Iterator[Reading]:
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
 
@@ -327,6 +325,7 @@ def read(
         state: where the streams stand.
         chunk_sizes, roll, backprop_chunks: as in the reference.
         lengths: [b] int64 tokens of each sequence, 0 for one that waits; None is n for all.
+        outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
 
     Yields:
         Each round's top outputs and state, so that nothing grows with the text.
@@ -340,7 +339,9 @@ def read(
         if opens.any():
             state = open_chunk(state, params, config, opens)
         here = Reading(params["norm"], start, plan.take, state)
-        hidden, state = run_row(here.gather(ids, 0), state, params, config, plan)
+        ends = (plan.take > 0) & (start + plan.take == lengths)
+        asked = "none" if outputs == "last" and not ends.any() else outputs
+        hidden, state = run_row(here.gather(ids, 0), state, params, config, plan, asked)
         if backprop_chunks is not None:
             cut = plan.close & (state.chunks % backprop_chunks == 0)
             state = _detach_rows(state, cut)
@@ -365,4 +366,4 @@ def close_chunk(state: CoMeTState, params: Weights, config: CoMeTConfig) -> CoMe
         return state
     nothing = np.zeros(state.batch_size, dtype=np.int64)
     text = torch.zeros((state.batch_size, 0), dtype=torch.int64, device=params["norm"].device)
-    return run_row(text, state, params, config, Round(nothing, closes))[1]
+    return run_row(text, state, params, config, Round(nothing, closes), "none")[1]

@@ -137,6 +137,18 @@ FAULTS = {
         "_rotation(torch.zeros(slots, dtype=torch.int64)",
         "test_stream",
     ),
+    "the output before the last one given for the last": (
+        "chunking.py",
+        "np.maximum(take - 1, 0)[:, None]",
+        "np.maximum(take - 2, 0)[:, None]",
+        "test_splitting",
+    ),
+    "the slots asked for keep the first one's rotation": (
+        "layers.py",
+        "rotation = (cos, sin)",
+        "rotation = (cos[..., :1, :], sin[..., :1, :])",
+        "test_splitting",
+    ),
     "every layer sees the first one's global memory": (
         "stream.py",
         'read_global(state.global_state[i], weights["global_memory"])',

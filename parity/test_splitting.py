@@ -8,7 +8,7 @@ from reference import model as spec
 from reference import stream
 
 from .assertions import arrays_of, assert_logits, assert_near, assert_same_stream
-from .strategies import cases, pieces, random_model, splits
+from .strategies import VOCAB, cases, pieces, random_model, splits
 
 
 @given(cases(), st.data())
@@ -22,6 +22,28 @@ def test_splitting_a_text_changes_nothing(case, data):
         state = out.state
         found.append(out.logits)
     assert_logits(torch.cat(found, dim=1)[0], whole, config, "split")
+    assert_same_stream(state, 0, end, config, "end")
+
+
+@given(cases(), st.data())
+def test_asking_for_fewer_outputs_changes_nothing_else(case, data):
+    """What is not asked for is not computed at the top layer; the rest is as it was."""
+    config, seed, ids = case
+    model = random_model(config, seed)
+    whole, end = spec.forward(ids, stream.new_state(config), arrays_of(model), config)
+    state, stop = None, 0
+    for piece in pieces(ids, data.draw(splits(len(ids)))):
+        stop += len(piece)
+        asked = data.draw(st.sampled_from(["all", "last", "none"]))
+        labels = data.draw(st.sampled_from([None, torch.tensor([piece])]))
+        out = model(torch.tensor([piece]), labels=labels, state=state, logits=asked)
+        state = out.state
+        first = {"all": stop - len(piece), "last": stop - 1, "none": stop}[asked]
+        found = torch.zeros(1, 0, VOCAB) if asked == "none" else out.logits
+        assert_near(found[0], whole[first:stop], f"{asked} logits, up to token {stop}")
+        if labels is not None and len(piece) > 1:
+            expected = spec.language_loss(whole[stop - len(piece) : stop], piece)
+            assert_near(out.loss, expected, f"loss up to token {stop}")
     assert_same_stream(state, 0, end, config, "end")
 
 
