@@ -24,7 +24,7 @@ from .layers import Weights, decoder_layer, project_memory, rotary_table, take_s
 from .state import CoMeTState, fingerprint
 from .temporary_memory import update_temporary
 
-__all__ = ["Reading", "close_chunk", "join", "new_state", "open_chunk", "read", "run_row"]
+__all__ = ["Reading", "close_chunk", "embed", "join", "new_state", "open_chunk", "read", "run_row"]
 
 
 def new_state(
@@ -133,8 +133,16 @@ def open_chunk(
     )
 
 
-def _embed(text: Tensor, layout: Layout, params: Weights, config: CoMeTConfig) -> Tensor:
-    """Embeddings of a round's slots, [b, take] ids -> [b, n, d]."""
+def embed(text: Tensor, layout: Layout, params: Weights, config: CoMeTConfig) -> Tensor:
+    """Embeddings of a round's slots.
+
+    Args:
+        text: [b, take] ids, the text tokens of the round.
+        layout: what each row adds, as indices into text, compression and readout tokens.
+
+    Returns:
+        [b, n, d].
+    """
     table = params["embed_tokens"]
     parts = [F.embedding(text, table)]
     if config.memory.has_temporary:
@@ -180,7 +188,7 @@ def run_row(
     )
     rows = slice(0, 1) if alike else slice(None)
     layout = lay_out_batch(state.open_tokens[rows], plan.take[rows], plan.close[rows], memory)
-    hidden = _embed(text, layout, params, config)  # [b, n, d]
+    hidden = embed(text, layout, params, config)  # [b, n, d]
     b, n, _ = hidden.shape
     empty = hidden.new_zeros(b, backbone.num_key_value_heads, 0, backbone.head_dim)
     longest = int(state.row_length.max())

@@ -1,0 +1,1 @@
+"""What the savings are worth: measurements side by side, in one run."""

@@ -1,0 +1,68 @@
+"""The literal schedule: the equations as they stand, chunk by chunk, with nothing left out.
+
+Each chunk's row is made anew and goes through every operation of every layer, memory slots
+included, and their outputs are dropped, as the published code does. `fast.bench` measures the
+savings of `fast/` against it, and `parity/test_literal.py` holds both to one result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference.config import CoMeTConfig
+
+from ..chunking import lay_out_batch
+from ..global_memory import read_global, update_global
+from ..layers import Weights, decoder_layer, rotary_table, take_slots
+from ..stream import embed
+from ..temporary_memory import update_temporary
+
+__all__ = ["read_literal"]
+
+
+def read_literal(ids: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
+    """Read whole texts of one length, from the start.
+
+    Args:
+        ids: [b, n] token ids, n >= 1.
+        params: a model's weights.
+        config: the model.
+
+    Returns:
+        [b, n, d], the top layer's output at the text tokens.
+    """
+    memory, backbone = config.memory, config.backbone
+    layers = params["layers"]
+    start = ids.new_zeros((len(ids), 0, backbone.hidden_size), dtype=params["norm"].dtype)
+    states: list[Tensor | None] = [None for _ in layers]
+    queues = [start for _ in layers]
+    none = start.new_zeros(len(ids), backbone.num_key_value_heads, 0, backbone.head_dim)
+    pieces = ids.split(memory.chunk_size, dim=1)
+    outputs = []
+    for number, text in enumerate(pieces):
+        closes = number + 1 < len(pieces)  # the last chunk stays open
+        take = np.array([text.shape[1]])
+        layout = lay_out_batch(np.zeros(1, dtype=np.int64), take, np.array([closes]), memory)
+        hidden = embed(text, layout, params, config)
+        for i, weights in enumerate(layers):
+            state = states[i]
+            seen = [] if state is None else [read_global(state, weights["global_memory"])]
+            row = torch.cat([*seen, queues[i], hidden], dim=1)  # [b, m + q + n, d]
+            slots = row.shape[1] - hidden.shape[1]
+            positions = torch.arange(row.shape[1])
+            cos, sin = rotary_table(positions, backbone)
+            rotation = cos.to(row), sin.to(row)
+            positions = positions.to(row.device)
+            row, _, _ = decoder_layer(row, none, none, positions, rotation, weights, backbone)
+            hidden = row[:, slots:]
+            if layout.compression.size:
+                entries = take_slots(hidden, layout.compression)
+                net = weights["temporary_memory"]
+                queues[i] = update_temporary(queues[i], entries, net, memory)
+            if memory.has_global and closes:
+                readout = take_slots(hidden, layout.readout)
+                states[i] = update_global(state, readout, weights["global_memory"], memory)
+        outputs.append(take_slots(hidden, layout.text))
+    return torch.cat(outputs, dim=1)
