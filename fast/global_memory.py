@@ -13,7 +13,8 @@ __all__ = ["candidate", "gate", "read_global", "update_global"]
 
 
 def candidate(readout: Tensor, weights: Weights, eps: float | None) -> Tensor:
-    """Candidate = rms_norm(R'). Twin of `reference.global_memory.candidate`.
+    """What the chunk proposes to remember: candidate = rms_norm(R'). Twin of
+    `reference.global_memory.candidate`.
 
     Args:
         readout: [b, m, d], the layer's output at the readout tokens.
@@ -27,7 +28,7 @@ def candidate(readout: Tensor, weights: Weights, eps: float | None) -> Tensor:
 
 
 def gate(candidate: Tensor, state: Tensor, weights: Weights, saturation: float) -> Tensor:
-    """G = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation). Twin of
+    """The share of S_t kept: g = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation). Twin of
     `reference.global_memory.gate`.
 
     Args:
@@ -48,8 +49,9 @@ def gate(candidate: Tensor, state: Tensor, weights: Weights, saturation: float) 
 def update_global(
     state: Tensor | None, readout: Tensor, weights: Weights, config: MemoryConfig
 ) -> Tensor:
-    """S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk. Twin of
-    `reference.global_memory.update_global`.
+    """The new state: S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk.
+
+    Twin of `reference.global_memory.update_global`.
 
     Args:
         state: [b, m, d], or None on the first chunk.
@@ -67,7 +69,7 @@ def update_global(
 
 
 def read_global(state: Tensor, weights: Weights) -> Tensor:
-    """G = adapter_g(S): what the next chunk sees. Twin of `reference.global_memory.read_global`.
+    """What the next chunk sees: G = adapter_g(S). Twin of `reference.global_memory.read_global`.
 
     Args:
         state: [b, m, d].

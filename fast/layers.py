@@ -42,7 +42,7 @@ Weights = Any
 
 
 def widen(x: Tensor) -> Tensor:
-    """X in float32 if its dtype is narrower, else x itself."""
+    """Float32 where the dtype is narrower, else x itself."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -52,7 +52,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X W^T + b over the last axis. Twin of `reference.layers.linear`.
+    """The linear map x W^T + b over the last axis. Twin of `reference.layers.linear`.
 
     Args:
         x: [..., i] any float dtype.
@@ -66,7 +66,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    """X / sqrt(mean(x^2) + eps) * weight over the last axis. Twin of `reference.layers.rms_norm`.
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last axis. Twin of
+    `reference.layers.rms_norm`.
 
     Args:
         x: [..., d] any float dtype; the statistic is computed in float32 or wider.
@@ -85,7 +86,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 def adapter(x: Tensor, weights: Weights) -> Tensor:
-    """X + W_up (W_down x): the low-rank residual adapter. Twin of `reference.layers.adapter`.
+    """The low-rank residual adapter: x + W_up (W_down x). Twin of `reference.layers.adapter`.
 
     Args:
         x: [..., d].

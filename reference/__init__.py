@@ -1,7 +1,7 @@
 """CoMeT in NumPy, one equation a function: the specification that `fast` is checked against.
 
 Read in this order: `config`, `chunking`, `layers`, `temporary_memory`, `global_memory`,
-`parameters`, `model`. There is no batch axis and nothing clever.
+`parameters`, `stream`, `model`. There is no batch axis and nothing clever.
 """
 
 from .config import BackboneConfig, CoMeTConfig, MemoryConfig

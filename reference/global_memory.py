@@ -17,7 +17,7 @@ __all__ = ["candidate", "gate", "read_global", "update_global"]
 
 
 def candidate(readout: Array, weights: Weights, eps: float | None) -> Array:
-    """Candidate = rms_norm(R'): what the chunk proposes to remember.
+    """What the chunk proposes to remember: candidate = rms_norm(R').
 
     Args:
         readout: [m, d], R', the layer's output at the readout tokens.
@@ -31,7 +31,7 @@ def candidate(readout: Array, weights: Weights, eps: float | None) -> Array:
 
 
 def gate(candidate: Array, state: Array, weights: Weights, saturation: float) -> Array:
-    """G = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation): the share of S_t kept.
+    """The share of S_t kept: g = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation).
 
     A sigmoid is never 1, so what it keeps fades: 0.999 a chunk is a third after a thousand chunks.
     A saturation below 1 lets g be exactly 1.
@@ -52,7 +52,7 @@ def gate(candidate: Array, state: Array, weights: Weights, saturation: float) ->
 def update_global(
     state: Array | None, readout: Array, weights: Weights, config: MemoryConfig
 ) -> Array:
-    """S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk.
+    """The new state: S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk.
 
     Args:
         state: [m, d], S_t, or None on the first chunk.
@@ -70,7 +70,7 @@ def update_global(
 
 
 def read_global(state: Array, weights: Weights) -> Array:
-    """G_{t+1} = adapter_g(S_{t+1}): what the next chunk sees.
+    """What the next chunk sees: G_{t+1} = adapter_g(S_{t+1}).
 
     Args:
         state: [m, d], S.

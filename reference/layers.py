@@ -58,7 +58,7 @@ def softmax(scores: Array, visible: Array) -> Array:
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """X W^T + b over the last axis.
+    """The linear map x W^T + b over the last axis.
 
     Args:
         x: [..., i].
@@ -73,7 +73,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float | None) -> Array:
-    """X / sqrt(mean(x^2) + eps) * weight over the last axis.
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last axis.
 
     Args:
         x: [..., d].
@@ -91,7 +91,7 @@ def rms_norm(x: Array, weight: Array, eps: float | None) -> Array:
 
 
 def adapter(x: Array, weights: Weights) -> Array:
-    """X + W_up (W_down x): the low-rank residual adapter of each memory.
+    """The low-rank residual adapter of each memory: x + W_up (W_down x).
 
     Args:
         x: [..., d].
