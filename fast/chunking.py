@@ -66,7 +66,7 @@ def plan_rounds(
         open_tokens: [b] int64, text tokens already in its open chunk.
         chunk_size: text tokens of a chunk; None never closes one.
         chunk_sizes: the chunks of this call by hand, for all sequences alike, instead of
-            `chunk_size`; the last one stays open.
+            `chunk_size`; the first goes on with the open chunk, the last stays open.
 
     Returns:
         Rounds in order; none if there is nothing to read.
@@ -159,7 +159,7 @@ class Layout:
             closes: whether the readout tokens are read.
 
         Returns:
-            [rows, k] those slots; the layout of the output at them, in that order.
+            [rows, a] those slots; the layout of the output at them, in that order.
         """
         text = self.text[:, :0]
         if outputs == "last":

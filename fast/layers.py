@@ -159,14 +159,14 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def take_slots(x: Tensor, index: np.ndarray) -> Tensor:
-    """Some slots of every sequence, [b, n, ...] -> [b, k, ...].
+    """Some slots of every sequence, [b, n, ...] -> [b, a, ...].
 
     Args:
         x: [b, n] or [b, n, ...].
-        index: [1, k] on the host, the same slots in every sequence, or [b, k].
+        index: [1, a] on the host, the same slots in every sequence, or [b, a].
 
     Returns:
-        [b, k, ...], in the order of the index.
+        [b, a, ...], in the order of the index.
     """
     chosen = torch.from_numpy(index).to(x.device)
     if len(index) == 1:
@@ -200,21 +200,21 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) 
 
     Args:
         queries: [b, h, n, e] of the new slots, rotated.
-        keys, values: [b, k, p, e] of the whole row; h is a multiple of k.
+        keys, values: [b, k, l, e] of the whole row; h is a multiple of k.
         positions: [n] or [b, n], positions of the new slots; a key's index is its position.
 
     Returns:
         [b, h, n, e].
     """
-    n, p = queries.shape[2], keys.shape[2]
+    n, length = queries.shape[2], keys.shape[2]
     grouped = queries.shape[1] != keys.shape[1]
-    if positions.dim() == 1 and n == p:
+    if positions.dim() == 1 and n == length:
         return F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=grouped
         )
-    visible = torch.arange(p, device=positions.device) <= positions[..., None]  # [(b,) n, p]
+    visible = torch.arange(length, device=positions.device) <= positions[..., None]  # [(b,) n, l]
     if positions.dim() == 2:
-        visible = visible[:, None]  # [b, 1, n, p]
+        visible = visible[:, None]  # [b, 1, n, l]
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=visible, enable_gqa=grouped
     )
@@ -294,11 +294,11 @@ def decoder_layer(
         positions: [n] or [b, n], see `append_slots`.
         rotation: (cos, sin) of those positions, see `rotary_table`.
         weights: one layer's tensors.
-        outputs: [1, k] or [b, k] on the host, the new slots whose output is asked for; None is
+        outputs: [1, a] or [b, a] on the host, the new slots whose output is asked for; None is
             all. The others give a key and a value, and nothing more of them is computed.
 
     Returns:
-        hidden [b, n or k, d], keys and values [b, k, p + n, e] of the row with the new slots.
+        hidden [b, n or a, d], keys and values [b, k, p + n, e] of the row with the new slots.
     """
     normed = rms_norm(hidden, weights["input_layernorm"], config.rms_norm_eps)
     new_keys, new_values = project_keys_values(normed, rotation, weights, config)

@@ -121,7 +121,8 @@ class CoMeTModel(nn.Module):
     """A decoder-only transformer that reads endless text in linear time and constant memory.
 
     `model(ids)` reads a text, `model(more, state=out.state)` reads on: however a text is split
-    into calls, the result is the same. State is a value; nothing hides in the module.
+    into calls, its logits and the state behind it are the same (a call's loss leaves out the call's
+    own first token). State is a value; nothing hides in the module.
     """
 
     def __init__(
@@ -196,17 +197,22 @@ class CoMeTModel(nn.Module):
     ) -> CoMeTOutput:
         """Read text.
 
+        For reading alone use `torch.no_grad()`: with gradients on, what a backward pass needs is
+        kept, and memory grows with the text unless `backprop_chunks` cuts it.
+
         Args:
             ids: [b, n] or [n] integer token ids in [0, vocab_size), padded at the right.
             labels: as ids, a token's own id, or IGNORE where it is not predicted. They are
                 shifted inside: a token is predicted from the one before it in the same call.
             lengths: [b] tokens of each sequence, 1 to n; None is n for all.
             state: where the streams stand; None starts new ones. It is not changed.
-            logits: "all", "last" (after each sequence's last token) or "none": nothing more is
-                computed.
+            logits: "all", "last" (after each sequence's last token) or "none". What is not asked
+                for is not computed.
             chunk_sizes: sizes in tokens, adding up to n, of the chunks to cut this text into,
-                instead of the config's chunk size; the last one stays open. All sequences alike.
-            backprop_chunks: gradient flows back through at most so many chunks; None is all.
+                instead of the config's chunk size, all sequences alike. The first goes on with
+                the open chunk, if there is one; the last stays open.
+            backprop_chunks: gradients are cut at every so many chunk borders of a stream, counted
+                from its start; None never cuts.
 
         Returns:
             A `CoMeTOutput`.

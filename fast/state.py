@@ -1,4 +1,4 @@
-"""The stream's state: an explicit value that can be saved, loaded, forked and batched."""
+"""The stream's state: an explicit value that can be saved, loaded, forked and selected from."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class CoMeTState:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors, independent of how much text was read."""
+        """Bytes of the tensors: bounded by the config, unless chunks never close."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -125,6 +125,9 @@ class CoMeTState:
 
         Args:
             rows: indices into the batch; one may be named more than once.
+
+        Returns:
+            State of batch size len(rows), which shares no memory with this one.
 
         Raises:
             ValueError: no index, or one outside the batch.

@@ -2,7 +2,8 @@
 
 A call becomes rounds (`chunking.plan_rounds`). In a round, `run_row` runs the new slots of every
 sequence's open row up the layers in one pass: text, compression tokens and, where chunks close,
-readout tokens. A state's tensors are never written to.
+readout tokens. A state's tensors are never written to. Throughout, `params` are a model's
+weights under the names of `reference.parameters.shapes`, and `config` is its `CoMeTConfig`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def new_state(
         dtype: of the tensors to come, the weights' own.
         batch_size: sequences read side by side.
         device: of the tensors.
+
+    Returns:
+        The state of `batch_size` streams that have read nothing.
     """
     memory, backbone = config.memory, config.backbone
     layers, d = backbone.num_hidden_layers, backbone.hidden_size
@@ -175,8 +179,8 @@ def run_row(
             The top layer computes no others.
 
     Returns:
-        [b, widest, 1 or 0, d], the top layer's output at those text tokens (where a sequence has
-        none, any value); the state behind the round.
+        [b, w, d], the top layer's output at those text tokens (where a sequence has none, any
+        value), w being widest for "all", 1 for "last", 0 for "none"; the state behind the round.
     """
     memory, backbone = config.memory, config.backbone
     facts = np.stack([state.row_length, state.open_tokens, state.queue_length, plan.take])

@@ -20,7 +20,7 @@ from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
 from .files import atomic_save, atomic_write
-from .layers import Weights
+from .layers import Weights, widen
 from .parameters import check_weights, to_arrays
 
 __all__ = [
@@ -81,13 +81,10 @@ def load_checkpoint(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
 
 
 def load_arrays(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
-    """`load_checkpoint` as NumPy arrays, for the reference; bfloat16 becomes float32."""
+    """`load_checkpoint` as NumPy arrays, for the reference; narrower dtypes become float32."""
     config, weights = load_checkpoint(folder)
 
-    def widened(_: str, tensor: Tensor) -> Tensor:
-        return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-
-    return config, to_arrays(map_parameters(widened, weights))
+    return config, to_arrays(map_parameters(lambda _, tensor: widen(tensor), weights))
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,9 @@ def load_published(folder: Path) -> tuple[CoMeTConfig, dict[str, Any], Published
 
     The compression and readout embeddings are copied out of the embedding table, whose rows stay
     where they are, so that ids and logits are the published ones.
+
+    Returns:
+        The config; a nested dict of tensors on the CPU; the rows of the special tokens.
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`.
@@ -145,8 +145,10 @@ def save_published(
 ) -> PublishedIds:
     """Write an official CoMeT checkpoint.
 
-    The compression and readout embeddings become rows of the table. Where the output is tied to
-    it, those rows are their logits too, which nothing reads.
+    The compression and readout embeddings become rows of the table, and every row has a logit:
+    where the output is tied made of those embeddings, else 0 in rows that are new. Logits of text
+    stay as they are, but the special ones take part in the softmax, so loss and sampling change a
+    little, and decoding can give such an id.
 
     Args:
         ids: the rows; None appends new ones behind the vocabulary.

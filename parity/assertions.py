@@ -21,7 +21,7 @@ YARDSTICK = 4.0
 that of the reference run in float32, plus that many machine epsilons."""
 
 HALF_EPSILONS = 60
-"""bfloat16 and float16, which NumPy cannot run: largest error of the first token's logits against
+"""bfloat16 and float16, in which the reference is not run: largest error of the first token's logits against
 the float64 reference, in machine epsilons."""
 
 GRADIENT_TOLERANCE = 1e-12

@@ -1,7 +1,8 @@
 """Five ways of cutting a text into chunks, as the published training uses them.
 
 Each returns chunk sizes in text tokens, in order, that add up to the text. Source of the five:
-the published implementation; where it breaks its own bounds, these raise (docs/divergences.md).
+the published implementation; where it breaks its own bounds, these keep them, and raise ValueError
+where no cut does (docs/divergences.md).
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def rms_norm(x: Array, weight: Array, eps: float | None) -> Array:
     Args:
         x: [..., d].
         weight: [d].
-        eps: added to the mean square; None is the dtype's machine epsilon.
+        eps: added to the mean square; None is the machine epsilon of the dtype, float32 or wider.
 
     Returns:
         [..., d].
@@ -170,17 +170,17 @@ def attention(queries: Array, keys: Array, values: Array, positions: Array) -> A
 
     Args:
         queries: [h, n, e] of the new slots, rotated.
-        keys, values: [k, p, e] of the whole row; h is a multiple of k, and query head j reads key
-            head j // (h / k).
+        keys, values: [k, l, e] of the whole row, its l = p + n slots; h is a multiple of k, and
+            query head j reads key head j // (h / k).
         positions: [n], positions of the new slots; a key's index is its position.
 
     Returns:
         [h, n, e].
     """
     group = len(queries) // len(keys)
-    keys, values = keys.repeat(group, axis=0), values.repeat(group, axis=0)  # [h, p, e]
-    scores = queries @ keys.transpose(0, 2, 1) / math.sqrt(queries.shape[-1])  # [h, n, p]
-    visible = np.arange(keys.shape[1]) <= positions[:, None]  # [n, p]
+    keys, values = keys.repeat(group, axis=0), values.repeat(group, axis=0)  # [h, l, e]
+    scores = queries @ keys.transpose(0, 2, 1) / math.sqrt(queries.shape[-1])  # [h, n, l]
+    visible = np.arange(keys.shape[1]) <= positions[:, None]  # [n, l]
     return softmax(scores, visible) @ values
 
 

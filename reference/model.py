@@ -1,4 +1,7 @@
-"""The model around the stream: logits, loss, greedy decoding."""
+"""The model around the stream: logits, loss, greedy decoding.
+
+`params`, `config` and `state` are as in `stream`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
-"""The stream: text in, hidden states out, and between them two memories a layer.
+"""The stream: text in, hidden states out, and between them two memories per layer.
 
 Read it in this order: `open_chunk`, `read_compression`, `close_chunk`, `read`. Everything goes
 through `run_row`, which runs new slots of the open chunk's row up the layers.
+
+Throughout, `params` is the nested dict of arrays that `parameters.shapes` names, `config` the
+model's `CoMeTConfig`, and `state` where the stream stands. Arguments are not checked here:
+`fast.CoMeTModel` is the face that does.
 """
 
 from __future__ import annotations
@@ -70,6 +74,9 @@ def new_state(config: CoMeTConfig, dtype: np.dtype | type = np.float64) -> Strea
     Args:
         config: the model.
         dtype: of the arrays to come, the weights' own.
+
+    Returns:
+        No tokens, no chunks, an empty queue in every layer, no open chunk.
     """
     layers, d = config.backbone.num_hidden_layers, config.backbone.hidden_size
     queue = np.zeros((0, d), dtype)
@@ -107,6 +114,9 @@ def open_chunk(state: StreamState, params: Weights, config: CoMeTConfig) -> Stre
 
     Memory slots do not go up: every layer starts its row with what that layer remembers. The first
     chunk has nothing to start with.
+
+    Returns:
+        The state with the row's keys and values, [k, m + q, e] per layer.
     """
     memory, backbone = config.memory, config.backbone
     keys, values = [], []
@@ -127,7 +137,11 @@ def open_chunk(state: StreamState, params: Weights, config: CoMeTConfig) -> Stre
 
 
 def read_compression(state: StreamState, params: Weights, config: CoMeTConfig) -> StreamState:
-    """Read one compression token into the row, and push what each layer makes of it."""
+    """Read one compression token into the row, and push what each layer makes of it.
+
+    Returns:
+        The state: the row longer by one slot, each layer's queue by one entry of at most B.
+    """
     slot = params["compression_embedding"][None]  # [1, d]
     outputs, state = run_row(slot, state, params, config)
     queues = tuple(
@@ -143,6 +157,9 @@ def close_chunk(state: StreamState, params: Weights, config: CoMeTConfig) -> Str
     """End the open chunk: its last group's compression token, the readout tokens, the gate.
 
     Without text since the last chunk there is nothing to close, and the state is returned as it is.
+
+    Returns:
+        The state with both memories updated and no row.
     """
     memory = config.memory
     if state.open_tokens == 0:
@@ -182,9 +199,11 @@ def read(
         ids: [n] token ids.
         state: where the stream stands.
         chunk_sizes: sizes in tokens, adding up to n, of the chunks to cut this text into, instead
-            of the config's chunk size. The last one stays open.
-        roll: False never closes a chunk.
-        backprop_chunks: derivatives flow back through at most so many chunks; None is all.
+            of the config's chunk size. The first goes on with the open chunk, if there is one;
+            the last stays open.
+        roll: False never closes a chunk; not looked at where `chunk_sizes` is given.
+        backprop_chunks: derivatives are cut at every so many chunk borders of the stream, counted
+            from its start; None never cuts.
 
     Returns:
         [n, d], the top layer's output at the text tokens; the state behind the text.
@@ -239,7 +258,11 @@ def _read_in_chunk(
 
 
 def detach(state: StreamState) -> StreamState:
-    """The state through which no derivative flows: a complex step travels in imaginary parts."""
+    """The state through which no derivative flows: a complex step travels in imaginary parts.
+
+    Returns:
+        The state with every array's imaginary part dropped, dtypes kept.
+    """
 
     def real(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(a.real.astype(a.dtype) for a in arrays)

@@ -34,7 +34,8 @@ LARGEST_KEY = 50000
 """Keys are drawn from 1 to this, as published."""
 
 HELD_OUT = 11
-"""Multiples of this are the numbers of the "test" split: training hides and tells all others."""
+"""Multiples of this are the numbers of the "test" split: training draws its keys and
+distractors from all others."""
 
 DISTRACTOR = "The {name} is {number}. Remember it. {number} is the {name}."
 DISTRACTOR_NAMES = (
