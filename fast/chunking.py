@@ -91,7 +91,7 @@ def plan_rounds(
     return rounds
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)  # a steady stream has a handful of layouts
 def lay_out(
     open_tokens: int, take: int, close: bool, stride: int, readouts: int, trailing: bool
 ) -> Slots:

@@ -18,7 +18,7 @@ from .layers import Weights, linear, rms_norm, widen
 from .parameters import ParameterTree, check_weights, initialize
 from .sampling import check_sampling, sample
 from .state import CoMeTState
-from .stream import Reading, close_chunk, join, new_state, read
+from .stream import Reading, close_chunk, columns, join, new_state, read
 from .weights import load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -91,6 +91,31 @@ def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def _check_integers(name: str, ids: Tensor) -> Tensor:
+    """[b, n] int64 from a caller's [b, n] or [n] integers, or a ValueError."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            f"{name} is a {type(ids).__name__}; expected a tensor, e.g. torch.tensor({name})."
+        )
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {ids.dtype}; expected integers, e.g. {name}.long().")
+    return ids[None].long() if ids.dim() == 1 else ids.long()
+
+
+def _check_count(name: str, value: int, least: int) -> int:
+    """A caller's integer of at least `least`, or a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
+    return int(value)
+
+
+def _check_stop_ids(stop_ids: Collection[int]) -> frozenset[int]:
+    """A caller's stop tokens as a set, or a ValueError."""
+    if not isinstance(stop_ids, Collection) or isinstance(stop_ids, str):
+        raise ValueError(f"stop_ids is {stop_ids!r}; expected ids, e.g. (2,).")
+    return frozenset(_check_count("a stop id", i, 0) for i in stop_ids)
+
+
 @dataclass(frozen=True)
 class CoMeTGeneration:
     """What `generate` returns."""
@@ -128,12 +153,12 @@ class CoMeTModel(nn.Module):
     def __init__(
         self, config: CoMeTConfig, weights: dict[str, Any] | None = None, *, seed: int = 0
     ) -> None:
-        """A fresh model, in float32 on the CPU.
+        """A model of given weights, or a fresh one in float32 on the CPU.
 
         Args:
             config: the model.
-            weights: nested dict of tensors under the names of `reference.parameters.shapes`; None
-                starts at random.
+            weights: nested dict of tensors under the names of `reference.parameters.shapes`,
+                which the model takes over without a copy; None starts at random.
             seed: of the random start.
 
         Raises:
@@ -225,11 +250,11 @@ class CoMeTModel(nn.Module):
             raise ValueError(f"logits is {logits!r}; expected 'all', 'last' or 'none'.")
         if chunk_sizes is not None:
             chunk_sizes = self._check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
-        if backprop_chunks is not None and backprop_chunks < 1:
-            raise ValueError(f"backprop_chunks is {backprop_chunks}; expected at least 1, or None.")
+        if backprop_chunks is not None:
+            _check_count("backprop_chunks", backprop_chunks, 1)
         targets = None
         if labels is not None:
-            targets = shift_labels(self._check_labels(labels, ids), sizes)
+            targets = self._check_targets(labels, ids, sizes)
 
         parts: list[Reading] = []
         last: Tensor | None = None
@@ -241,7 +266,7 @@ class CoMeTModel(nn.Module):
         ):
             state = part.state
             if targets is not None:
-                wanted = part.gather(targets, IGNORE)
+                wanted = columns(targets, part.start, part.take, IGNORE)
                 predicted = wanted != IGNORE
                 rows = predict(part.hidden[predicted], params, config)
                 loss = loss + sum_of_losses(rows, wanted[predicted])
@@ -296,8 +321,8 @@ class CoMeTModel(nn.Module):
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, sizes, state = self._check(ids, lengths, state)
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 0.")
+        _check_count("max_new_tokens", max_new_tokens, 0)
+        stop_ids = _check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
         params, config, b = self.weights, self.config, len(ids)
         new: list[list[int]] = [[] for _ in range(b)]
@@ -356,13 +381,7 @@ class CoMeTModel(nn.Module):
         self, ids: Tensor, lengths: Tensor | Sequence[int] | None, state: CoMeTState | None
     ) -> tuple[Tensor, np.ndarray, CoMeTState]:
         """The arguments of a call, in their one form, or a ValueError."""
-        if not isinstance(ids, Tensor):
-            raise ValueError(
-                f"ids is a {type(ids).__name__}; expected a tensor, e.g. torch.tensor(ids)."
-            )
-        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-            raise ValueError(f"ids has dtype {ids.dtype}; expected integers, e.g. ids.long().")
-        ids = ids[None] if ids.dim() == 1 else ids
+        ids = _check_integers("ids", ids)
         if ids.dim() != 2 or ids.numel() == 0:
             raise ValueError(
                 f"ids has shape {tuple(ids.shape)}; expected [batch, tokens] with at least one of "
@@ -378,7 +397,6 @@ class CoMeTModel(nn.Module):
             raise ValueError(f"lengths is {lengths}; expected {b} integers, one a sequence.")
         if sizes.min() < 1 or sizes.max() > n:
             raise ValueError(f"lengths is {sizes.tolist()}; expected 1 to {n} tokens each.")
-        ids = ids.long()
         behind = torch.from_numpy(np.arange(n) >= sizes[:, None]).to(ids.device)
         ids = ids.masked_fill(behind, 0)  # padding may be anything
         vocab = self.config.backbone.vocab_size
@@ -393,34 +411,31 @@ class CoMeTModel(nn.Module):
         state.check(self.config, b, self.dtype, self.device)
         return ids, sizes.astype(np.int64), state
 
-    def _check_labels(self, labels: Tensor, ids: Tensor) -> Tensor:
-        labels = labels[None] if labels.dim() == 1 else labels
-        if (
-            labels.shape != ids.shape
-            or labels.device != ids.device
-            or labels.dtype.is_floating_point
-        ):
+    def _check_targets(self, labels: Tensor, ids: Tensor, sizes: np.ndarray) -> Tensor:
+        labels = _check_integers("labels", labels)
+        if labels.shape != ids.shape or labels.device != ids.device:
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, dtype {labels.dtype}, on {labels.device}; "
-                f"expected integers of shape {tuple(ids.shape)} on {ids.device}, like ids."
+                f"labels has shape {tuple(labels.shape)}, on {labels.device}; expected "
+                f"{tuple(ids.shape)} on {ids.device}, like ids."
             )
         vocab = self.config.backbone.vocab_size
-        foreign = (labels != IGNORE) & ((labels < 0) | (labels >= vocab))
+        targets = shift_labels(labels, sizes)  # padding may be anything here too
+        foreign = (targets != IGNORE) & ((targets < 0) | (targets >= vocab))
         if foreign.any():
             raise ValueError(
-                f"labels holds {int(labels[foreign][0])}; expected [0, {vocab}), or {IGNORE} for a "
-                "token that is not predicted."
+                f"labels holds {int(targets[foreign][0])}; expected [0, {vocab}), or {IGNORE} for "
+                "a token that is not predicted."
             )
-        return labels.long()
+        return targets
 
     def _check_chunk_sizes(
         self, chunk_sizes: Sequence[int], sizes: np.ndarray, n: int
     ) -> list[int]:
-        found = [int(size) for size in chunk_sizes]
-        if sum(found) != n or min(found, default=0) < 1:
+        found = [_check_count("chunk_sizes", size, 1) for size in chunk_sizes]
+        if sum(found) != n:
             raise ValueError(
-                f"chunk_sizes is {found}, {sum(found)} tokens; expected sizes of at least 1 that "
-                f"add up to the text's {n}."
+                f"chunk_sizes is {found}, {sum(found)} tokens; expected sizes that add up to the "
+                f"text's {n}."
             )
         if (sizes != n).any():
             raise ValueError(

@@ -14,8 +14,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Raise ValueError unless the arguments of `sample` are in range."""
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; expected a finite number, 0 for greedy.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; expected at least 1, or None.")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k is {top_k!r}; expected an integer of at least 1, or None.")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p is {top_p}; expected a number in (0, 1], or None.")
 
@@ -41,8 +41,10 @@ def sample(
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    scores, tokens = (widen(logits) / temperature).sort(dim=-1, descending=True)
-    chances = scores.softmax(dim=-1)
+    scores, tokens = widen(logits).sort(dim=-1, descending=True)
+    # The likeliest at 0, so that no temperature overflows and the tiniest is greedy.
+    least = torch.finfo(scores.dtype).tiny
+    chances = ((scores - scores[:, :1]) / max(temperature, least)).softmax(dim=-1)
     if top_k is not None:
         chances[:, top_k:] = 0
     if top_p is not None:

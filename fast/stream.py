@@ -25,7 +25,17 @@ from .layers import Weights, decoder_layer, project_memory, rotary_table, take_s
 from .state import CoMeTState, fingerprint
 from .temporary_memory import update_temporary
 
-__all__ = ["Reading", "close_chunk", "embed", "join", "new_state", "open_chunk", "read", "run_row"]
+__all__ = [
+    "Reading",
+    "close_chunk",
+    "columns",
+    "embed",
+    "join",
+    "new_state",
+    "open_chunk",
+    "read",
+    "run_row",
+]
 
 
 def new_state(
@@ -263,6 +273,30 @@ def run_row(
     )
 
 
+def _alike(start: np.ndarray, take: np.ndarray) -> bool:
+    return bool((start == start[0]).all() and (take == take[0]).all())
+
+
+def columns(x: Tensor, start: np.ndarray, take: np.ndarray, fill: int) -> Tensor:
+    """The columns that a round reads.
+
+    Args:
+        x: [b, n] of the call.
+        start: [b] first column of each sequence.
+        take: [b] how many.
+        fill: what stands in the padding.
+
+    Returns:
+        [b, widest].
+    """
+    if _alike(start, take):
+        return x[:, int(start[0]) : int(start[0] + take[0])]
+    offset = np.arange(int(take.max()))
+    padding = torch.from_numpy(offset >= take[:, None]).to(x.device)
+    index = np.minimum(start[:, None] + offset, x.shape[1] - 1)
+    return take_slots(x, index).masked_fill(padding, fill)
+
+
 @dataclass(frozen=True)
 class Reading:
     """One round of `read`."""
@@ -283,16 +317,7 @@ class Reading:
     @property
     def alike(self) -> bool:
         """Whether the round reads the same columns of every sequence."""
-        return bool((self.start == self.start[0]).all() and (self.take == self.take[0]).all())
-
-    def gather(self, x: Tensor, fill: int) -> Tensor:
-        """The round's columns of x, [b, n] -> [b, widest], `fill` in the padding."""
-        if self.alike:
-            return x[:, int(self.start[0]) : int(self.start[0] + self.take[0])]
-        offset = np.arange(int(self.take.max()))
-        columns = np.minimum(self.start[:, None] + offset, x.shape[1] - 1)
-        padding = torch.from_numpy(offset >= self.take[:, None]).to(x.device)
-        return take_slots(x, columns).masked_fill(padding, fill)
+        return _alike(self.start, self.take)
 
     def last(self, before: Tensor | None) -> Tensor | None:
         """[b, d], each sequence's last output: this round's, or what it was before."""
@@ -308,7 +333,7 @@ def join(parts: Sequence[Reading], n: int) -> Tensor:
     """The outputs of a call's rounds, [b, n, d] in the order of the text, zero in the padding."""
     both = torch.cat([part.hidden for part in parts], dim=1)
     if all(part.alike for part in parts):
-        return both
+        return F.pad(both, (0, 0, 0, n - both.shape[1]))
     b, device = len(both), both.device
     column, real, offset = np.zeros((b, n), dtype=np.int64), np.zeros((b, n), dtype=bool), 0
     for part in parts:
@@ -350,14 +375,14 @@ def read(
         opens = (state.row_length == 0) & ((plan.take > 0) | plan.close)
         if opens.any():
             state = open_chunk(state, params, config, opens)
-        here = Reading(params["norm"], start, plan.take, state)
         ends = (plan.take > 0) & (start + plan.take == lengths)
         asked = "none" if outputs == "last" and not ends.any() else outputs
-        hidden, state = run_row(here.gather(ids, 0), state, params, config, plan, asked)
+        text = columns(ids, start, plan.take, 0)
+        hidden, state = run_row(text, state, params, config, plan, asked)
         if backprop_chunks is not None:
             cut = plan.close & (state.chunks % backprop_chunks == 0)
             state = _detach_rows(state, cut)
-        yield dataclasses.replace(here, hidden=hidden, state=state)
+        yield Reading(hidden, start, plan.take, state)
         start = start + plan.take
 
 

@@ -16,12 +16,15 @@ from .strategies import VOCAB, configs, corner_lengths, random_model, seeds
 @st.composite
 def batches(draw):
     config = draw(configs())
-    lengths = draw(st.lists(corner_lengths(config), min_size=2, max_size=4))
+    ragged = st.lists(corner_lengths(config), min_size=2, max_size=4)
+    alike = corner_lengths(config).map(lambda n: [n, n])
+    lengths = draw(ragged | ragged | alike)
     return config, draw(seeds), lengths
 
 
-def padded(rows, fill):
-    widest = max(map(len, rows))
+def padded(rows, fill, extra=0):
+    """The rows side by side, with columns behind the longest one too."""
+    widest = max(map(len, rows)) + extra
     return torch.tensor([[*row, *[fill] * (widest - len(row))] for row in rows])
 
 
@@ -42,9 +45,11 @@ def test_a_ragged_batch_is_each_sequence_alone(batch, calls, fill):
         rng = np.random.default_rng([seed, call])
         now = [int(n) for n in rng.permutation(lengths)]
         rows = texts(now, [seed, call, 1])
-        out = model(padded(rows, fill), lengths=now, state=state)
+        ids = padded(rows, fill, extra=call)
+        out = model(ids, lengths=now, state=state)
+        assert out.logits.shape[:2] == ids.shape
         state = out.state
-        last = model(padded(rows, fill), lengths=now, state=before, logits="last")
+        last = model(ids, lengths=now, state=before, logits="last")
         for i, row in enumerate(rows):
             expected, alone[i] = spec.forward(row, alone[i], params, config)
             what = f"call {call}, sequence {i}"
@@ -60,7 +65,7 @@ def test_the_loss_of_a_ragged_batch_counts_its_own_tokens_alone(batch):
     config, seed, lengths = batch
     model = random_model(config, seed)
     rows = texts(lengths, seed)
-    out = model(padded(rows, 0), labels=padded(rows, 3), lengths=lengths, logits="none")
+    out = model(padded(rows, 0), labels=padded(rows, 10**6), lengths=lengths, logits="none")
     total, number = 0.0, 0
     for row in rows:
         logits, _ = spec.forward(row, stream.new_state(config), arrays_of(model), config)

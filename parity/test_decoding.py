@@ -110,6 +110,8 @@ def test_sampling_follows_the_probabilities():
         ({"temperature": 1.0, "top_p": 0.4}, [1, 0, 0, 0]),
         ({"temperature": 0.5}, (torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365).tolist()),
         ({"temperature": 0.0}, [1, 0, 0, 0]),
+        ({"temperature": 1e-45}, [1, 0, 0, 0]),
+        ({"temperature": 1e30}, [0.25, 0.25, 0.25, 0.25]),
     ):
         assert (shares(**options) - torch.tensor(expected)).abs().max() < spread, options
 
