@@ -15,17 +15,23 @@ __all__ = ["atomic_save", "atomic_torch_save", "atomic_write"]
 
 
 def _into_place(path: Path, write: Callable[[str], object]) -> None:
-    """Write to a temporary file beside `path`, then rename it over."""
+    """Write to a temporary file beside `path`, then rename it over.
+
+    The file is on the disk before it takes the name, so that a power cut leaves the old one or
+    the new one. It gets the mode that any new file of this process gets.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         write(name)
-        os.chmod(name, 0o644)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.umask(mask := os.umask(0o077))
+        os.chmod(name, 0o666 & ~mask)
         os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, text: str) -> None:

@@ -29,8 +29,17 @@ TENSORS = ("global_state", "temporary_memory", "keys", "values")
 
 
 def fingerprint(config: CoMeTConfig) -> str:
-    """Short name of a model's shape; states fit models of the same one."""
-    return hashlib.sha256(config.to_json().encode()).hexdigest()[:16]
+    """Short name of a model's shape; states fit models of an equal config."""
+    canonical = json.dumps(_plain(config.to_dict()), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """Nested dicts with every number a float, since 10000 equals 10000.0 but is written otherwise."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number else value
 
 
 @dataclass(frozen=True)
@@ -132,10 +141,16 @@ class CoMeTState:
         Raises:
             ValueError: no index, or one outside the batch.
         """
-        index = np.asarray(rows, dtype=np.int64)
-        if index.size == 0 or index.min() < 0 or index.max() >= self.batch_size:
+        index = np.asarray(rows)
+        if (
+            index.ndim != 1
+            or not np.issubdtype(index.dtype, np.integer)
+            or index.size == 0
+            or index.min() < 0
+            or index.max() >= self.batch_size
+        ):
             raise ValueError(
-                f"rows are {list(rows)}; expected indices in [0, {self.batch_size}), at least one."
+                f"rows is {rows}; expected integer indices in [0, {self.batch_size}), at least one."
             )
         counts = {name: getattr(self, name)[index] for name in COUNTS}
         chosen = torch.from_numpy(index)
@@ -166,9 +181,9 @@ class CoMeTState:
         Raises:
             ValueError: a chunk is open, whose row has seen the queue already.
         """
-        forget = np.ones(self.batch_size, bool) if rows is None else np.asarray(rows, dtype=bool)
-        if forget.shape != (self.batch_size,):
-            raise ValueError(f"rows has shape {forget.shape}; expected ({self.batch_size},).")
+        forget = np.ones(self.batch_size, bool) if rows is None else np.asarray(rows)
+        if forget.shape != (self.batch_size,) or forget.dtype != bool:
+            raise ValueError(f"rows is {rows}; expected {self.batch_size} times True or False.")
         if (self.row_length[forget] > 0).any():
             raise ValueError(
                 "a chunk is open and its row already holds the queue; close it first "
@@ -222,21 +237,27 @@ class CoMeTState:
 
     @classmethod
     def _from_tensors(cls, model: str, tensors: dict[str, Tensor], origin: str) -> CoMeTState:
-        try:
-            counts: dict[str, Any] = {
-                name: tensors.pop(f"count.{name}").to(torch.int64).numpy() for name in COUNTS
-            }
-        except KeyError as error:
-            raise ValueError(f"{origin} lacks {error}; it is not a whole state.") from error
+        counts: dict[str, Any] = {}
+        for name in COUNTS:
+            count = tensors.pop(f"count.{name}", None)
+            if count is None or count.dtype != torch.int64 or count.dim() != 1 or not len(count):
+                raise ValueError(
+                    f"{origin} lacks count.{name} as int64 of one dimension; it is not a whole state."
+                )
+            counts[name] = count.numpy()
         grouped: dict[str, Any] = {}
         for name in TENSORS:
-            keys = sorted(
-                (k for k in tensors if k.rpartition(".")[0] == name),
-                key=lambda k: int(k.rpartition(".")[2]),
-            )
-            grouped[name] = tuple(tensors.pop(k) for k in keys)
+            layers = sum(key.rpartition(".")[0] == name for key in tensors)
+            found = [tensors.pop(f"{name}.{layer}", None) for layer in range(layers)]
+            if any(tensor is None for tensor in found):
+                raise ValueError(f"{origin} lacks layers of {name}; it is not a whole state.")
+            grouped[name] = tuple(found)
         if tensors:
             raise ValueError(f"{origin} holds {sorted(tensors)}, which no state has.")
+        if not all(t.isfinite().all() for name in TENSORS for t in grouped[name]):
+            raise ValueError(
+                f"{origin} holds NaN or infinity; the stream was lost before it was saved."
+            )
         return cls(model=model, **counts, **grouped)
 
     def check(
@@ -311,4 +332,17 @@ class CoMeTState:
                 raise ValueError(
                     f"the state's {name} is {getattr(self, name)}, more than the {room} slots it "
                     "holds; the file or the state was changed."
+                )
+        agree = {
+            "queue_length at most temporary_memory_size": self.queue_length
+            <= config.memory.temporary_memory_size,
+            "tokens at least open_tokens + chunks": self.tokens >= self.open_tokens + self.chunks,
+            "row_length at least open_tokens": self.row_length >= self.open_tokens,
+            "a row where open_tokens": (self.row_length > 0) == (self.open_tokens > 0),
+        }
+        for rule, holds in agree.items():
+            if not holds.all():
+                raise ValueError(
+                    f"the state breaks the rule {rule!r} in sequences "
+                    f"{np.flatnonzero(~holds).tolist()}; the file or the state was changed."
                 )

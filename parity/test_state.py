@@ -124,6 +124,29 @@ def test_a_changed_file_is_refused(tmp_path, make_config):
     refused({"keys.0": None}, "keys")
     refused({"keys.0": whole["keys.0"][:, :, :, :1].contiguous()}, "keys")
     refused({"stranger": torch.zeros(1)}, "stranger")
+    refused({"keys.x": torch.zeros(1)}, "layers of keys")
+    refused({"keys.0": None, "keys.7": whole["keys.0"]}, "layers of keys")
+    refused({"keys.0": whole["keys.0"] * float("nan")}, "NaN or infinity")
+    refused({"count.tokens": torch.tensor(6)}, "int64 of one dimension")
+    refused({"count.tokens": torch.tensor([6.5])}, "int64 of one dimension")
+    refused({"count.tokens": torch.tensor([0])}, "tokens at least")
+    refused({"count.open_tokens": torch.tensor([0])}, "a row where open_tokens")
+    refused({"count.open_tokens": torch.tensor([99])}, "tokens at least")
+    queue = {f"temporary_memory.{i}": torch.zeros(1, 50, 6, dtype=torch.float64) for i in (0, 1)}
+    refused(queue | {"count.queue_length": torch.tensor([50])}, "at most temporary_memory_size")
+
+
+def test_states_fit_models_of_an_equal_config(make_config):
+    """However its numbers are written and its dicts ordered; and a frozen config stays frozen."""
+    scaling = {"rope_type": "linear", "factor": 2}
+    one = random_model(make_config({"rope_theta": 10000, "rope_scaling": scaling}), 0)
+    other = random_model(
+        make_config({"rope_theta": 10000.0, "rope_scaling": dict(reversed(scaling.items()))}), 0
+    )
+    scaling["factor"] = 3
+    assert one.config == other.config
+    state = one(torch.tensor([[1, 2, 3]])).state
+    assert other(torch.tensor([[4]]), state=state).state.tokens[0] == 4
 
 
 def test_saving_over_a_state_replaces_it_whole(tmp_path, make_config, monkeypatch):

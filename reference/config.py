@@ -91,6 +91,8 @@ class BackboneConfig:
     """The output projection is the embedding table itself."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, dict):  # the caller may change its own
+            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
         for name in (
             "vocab_size",
             "hidden_size",
