@@ -6,7 +6,6 @@ Nothing is ever unpickled and no code is run. Every file is written whole or not
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ __all__ = [
     "load_arrays",
     "load_checkpoint",
     "load_published",
+    "published_name",
     "save_checkpoint",
     "save_published",
 ]
@@ -116,10 +116,9 @@ def load_published(folder: Path) -> tuple[CoMeTConfig, dict[str, Any], Published
     data = _read_json(folder / CONFIG)
     tensors = _read_tensors(folder)
     config = _published_config(data, tensors, folder)
+    _refuse_unknown(tensors, config, folder)
     ids = PublishedIds(
-        int(data["temp_beacon_id"]),
-        tuple(int(i) for i in data["global_beacon_ids"]),
-        int(data["placeholder_id"]),
+        data["temp_beacon_id"], tuple(data["global_beacon_ids"]), data["placeholder_id"]
     )
     table = _fetch(tensors, "model.embed_tokens.weight", "embed_tokens", folder)
     used = [ids.compression] * config.memory.has_temporary + list(ids.readout)
@@ -133,7 +132,7 @@ def load_published(folder: Path) -> tuple[CoMeTConfig, dict[str, Any], Published
             return table[ids.compression].clone()
         if name == "readout_embeddings":
             return table[list(ids.readout)].clone()
-        return _fetch(tensors, _published_name(name), name, folder)
+        return _fetch(tensors, published_name(name), name, folder)
 
     weights = map_parameters(fetch, shapes(config))
     check_weights(weights, config)
@@ -171,10 +170,15 @@ def save_published(
         table = torch.cat([table, table.new_zeros(extra, table.shape[1])])
         head = None if head is None else torch.cat([head, head.new_zeros(extra, head.shape[1])])
     rows = [ids.compression, *ids.readout, ids.placeholder]
-    if len(ids.readout) != memory.global_memory_size or max(rows) >= len(table) or min(rows) < 0:
+    if (
+        len(ids.readout) != memory.global_memory_size
+        or max(rows) >= len(table)
+        or min(rows) < 0
+        or len(set(rows)) < len(rows)
+    ):
         raise ValueError(
-            f"ids are {ids}; expected {memory.global_memory_size} readout rows, all rows in "
-            f"[0, {len(table)})."
+            f"ids are {ids}; expected {memory.global_memory_size} readout rows, all rows different "
+            f"and in [0, {len(table)})."
         )
     table = table.clone()
     if memory.has_temporary:
@@ -184,7 +188,7 @@ def save_published(
     tensors = {}
     for name in named_parameters(shapes(config)):
         if name not in ("compression_embedding", "readout_embeddings"):
-            tensors[_published_name(name)] = _leaf(weights, name).detach()
+            tensors[published_name(name)] = _leaf(weights, name).detach()
     tensors["model.embed_tokens.weight"] = table
     if head is not None:
         tensors["lm_head.weight"] = head
@@ -234,6 +238,19 @@ def _published_config(
     missing = [name for name in needed if name not in data]
     if missing:
         raise ValueError(f"{folder / CONFIG} lacks {missing}; is the file whole?")
+    readout = data["global_beacon_ids"]
+    special = [data["temp_beacon_id"], data["placeholder_id"], data["temp_beacon_stride"]]
+    special += readout if isinstance(readout, list) else [readout]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in special):
+        raise ValueError(
+            f"{folder / CONFIG} has {special} for its special tokens and stride; expected integers."
+        )
+    for name, known in (("hidden_act", "silu"), ("use_sliding_window", False)):
+        if data.get(name, known) != known:
+            raise ValueError(
+                f"{folder / CONFIG} has {name} {data[name]!r}, which changes the equations; only "
+                f"{known!r} is known here."
+            )
     down = [
         t for name, t in tensors.items() if name.endswith("down_proj.weight") and "_net." in name
     ]
@@ -254,6 +271,23 @@ def _published_config(
     )
 
 
+def _refuse_unknown(tensors: dict[str, Tensor], config: CoMeTConfig, folder: Path) -> None:
+    """Raise where a published checkpoint holds what the model would leave out without a word."""
+    used = {
+        published_name(name) for name in named_parameters(shapes(config)) if "embed" not in name
+    }
+    used |= set(TOP_NAMES.values())  # lm_head may be there though it is tied
+    layers = range(config.backbone.num_hidden_layers)  # nets of a memory that is off do nothing
+    unused = {f"model.layers.{i}.{name}" for i in layers for name in LAYER_NAMES.values()}
+    used |= {name for name in unused if "_memory_net." in name}
+    unknown = sorted(set(tensors) - used)
+    if unknown:
+        raise ValueError(
+            f"{folder} holds {unknown[:4]}, which this model has no place for; its logits would not "
+            "be the checkpoint's."
+        )
+
+
 def _check_publishable(config: CoMeTConfig) -> None:
     memory, backbone = config.memory, config.backbone
     found = {
@@ -265,6 +299,7 @@ def _check_publishable(config: CoMeTConfig) -> None:
         "memory.global_norm_eps": (memory.global_norm_eps, None),
         "memory.temporary_norm_eps": (memory.temporary_norm_eps, 1e-12),
         "backbone.qk_norm": (backbone.qk_norm, True),
+        "backbone.attention_bias": (backbone.attention_bias, False),
     }
     for name, (value, known) in found.items():
         if value != known:
@@ -306,8 +341,13 @@ TOP_NAMES = {
 }
 
 
-def _published_name(name: str) -> str:
-    """Published name of one of our weights: "layers.0.q_proj" -> "model.layers.0.inner_layer..."."""
+def published_name(name: str) -> str:
+    """Published name of one of our weights: "layers.0.q_proj" -> "model.layers.0.inner_layer...".
+
+    Args:
+        name: dotted, as `reference.parameters.named_parameters` gives it; not the compression or
+            readout embeddings, which are rows of a table there.
+    """
     if name in TOP_NAMES:
         return TOP_NAMES[name]
     _, layer, rest = name.split(".", 2)
@@ -339,15 +379,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of model.safetensors, or of the shards that its index names."""
-    files: Sequence[str] = [MODEL]
+    files: list[Any] = [MODEL]
     if not (folder / MODEL).exists() and (folder / INDEX).exists():
-        files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-        outside = [name for name in files if Path(name).name != name]
+        places = _read_json(folder / INDEX).get("weight_map")
+        files = list(places.values()) if isinstance(places, dict) else [places]
+        outside = [name for name in files if not isinstance(name, str) or Path(name).name != name]
         if outside:
             raise ValueError(f"{folder / INDEX} names {outside}; expected files of that folder.")
     tensors: dict[str, Tensor] = {}
-    for name in files:
-        if not (folder / name).exists():
+    for name in sorted(set(files)):
+        if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; expected a checkpoint's weights.")
         try:
             tensors |= load_file(folder / name)

@@ -21,10 +21,9 @@ from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
 from fast.global_memory import read_global as fast_read
 from fast.parameters import to_arrays, to_tensors
 from fast.weights import (
-    LAYER_NAMES,
-    TOP_NAMES,
     PublishedIds,
     load_published,
+    published_name,
     save_published,
 )
 from reference import model as spec
@@ -58,6 +57,10 @@ def pytest_generate_tests(metafunc):
             wanted = recorded.startswith("/") or layout == "gen"
             if wanted and any(key.startswith(prefix + recorded) for key in entry["arrays"]):
                 found.append((entry["name"], layout))
+    if not found and folder == Path(__file__).parent / "golden":
+        raise ValueError(
+            f"{folder} has no case for {metafunc.function.__name__}; nothing is tested."
+        )
     metafunc.parametrize(("case", "layout"), found)
 
 
@@ -97,14 +100,6 @@ def config_of(c, layout):
     )
 
 
-def published(name):
-    """Our weight's name -> the recorded one. Written out here, apart from the code under test."""
-    if name in TOP_NAMES:
-        return TOP_NAMES[name]
-    _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.{LAYER_NAMES[rest]}"
-
-
 def params_of(c, data, config):
     table = data["w/model.embed_tokens.weight"].astype(np.float64)
 
@@ -113,7 +108,7 @@ def params_of(c, data, config):
             return table[c["temp_beacon_id"]]
         if name == "readout_embeddings":
             return table[c["global_beacon_ids"]]
-        return data[f"w/{published(name)}"].astype(np.float64)
+        return data[f"w/{published_name(name)}"].astype(np.float64)
 
     return map_parameters(fetch, shapes(config))
 
@@ -196,7 +191,7 @@ def test_loss_and_every_gradient(golden, case, layout):
         table[c["temp_beacon_id"]] += grads.pop("compression_embedding")
     if "readout_embeddings" in grads:
         table[c["global_beacon_ids"]] += grads.pop("readout_embeddings")
-    found = {"model.embed_tokens.weight": table} | {published(n): g for n, g in grads.items()}
+    found = {"model.embed_tokens.weight": table} | {published_name(n): g for n, g in grads.items()}
     recorded = {
         k.removeprefix("grad_f64/"): g for k, g in data.items() if k.startswith("grad_f64/")
     }
@@ -218,7 +213,7 @@ def test_loss_and_every_gradient(golden, case, layout):
             rows = recorded["model.embed_tokens.weight"][c["global_beacon_ids"]]
             expected += np.sum(rows * direction)
         else:
-            g = recorded[published(name)].copy()
+            g = recorded[published_name(name)].copy()
             if name == "embed_tokens" and not config.backbone.tie_word_embeddings:
                 g[[c["temp_beacon_id"], *c["global_beacon_ids"]]] = 0  # those rows are moved above
             expected += np.sum(g * direction)

@@ -88,6 +88,37 @@ def test_published_names_round_trip(tmp_path, make_config, tied, memory):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_special_rows_are_rows_of_their_own(tmp_path, make_config):
+    config = make_config({}, {"adapter_rank": 8})
+    weights = random_model(config, 0).weights
+    for ids in (PublishedIds(5, (5, 6), 7), PublishedIds(5, (6, 7), 11), PublishedIds(5, (6,), 7)):
+        with pytest.raises(ValueError, match="expected 2 readout rows, all rows different"):
+            save_published(tmp_path, config, weights, ids)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_published_checkpoint_that_ours_would_read_otherwise_is_refused(tmp_path, make_config):
+    config = make_config({}, {"adapter_rank": 8})
+    save_published(tmp_path, config, random_model(config, 0).weights)
+    path, file = tmp_path / "config.json", tmp_path / "model.safetensors"
+    data, tensors = json.loads(path.read_text()), load_file(file)
+    for change, match in (
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window True"),
+        ({"temp_beacon_id": None}, "expected integers"),
+        ({"global_beacon_ids": None}, "expected integers"),
+        ({"temp_beacon_stride": "8"}, "expected integers"),
+    ):
+        path.write_text(json.dumps(data | change))
+        refused(tmp_path, match)
+    path.write_text(json.dumps(data))
+    for name in ("inner_layer.self_attn.o_proj.bias", "inner_layer.self_attn.q_proj.bias"):
+        save_file(tensors | {f"model.layers.0.{name}": torch.ones(6)}, file)
+        refused(tmp_path, f"holds .*{name}.*no place for")
+    save_file(tensors | {"model.layers.2.inner_layer.mlp.up_proj.weight": torch.ones(2, 2)}, file)
+    refused(tmp_path, "no place for")
+
+
 def test_what_the_published_code_does_not_know_is_not_written(tmp_path, make_config):
     for backbone, memory, match in (
         ({}, {"adapter_rank": 8, "gate": "vector"}, "memory.gate is 'vector'"),
@@ -100,6 +131,7 @@ def test_what_the_published_code_does_not_know_is_not_written(tmp_path, make_con
             "memory.trailing_compression is False",
         ),
         ({"qk_norm": False}, {"adapter_rank": 8}, "backbone.qk_norm is False"),
+        ({"attention_bias": True}, {"adapter_rank": 8}, "backbone.attention_bias is True"),
     ):
         config = make_config(backbone, memory)
         with pytest.raises(ValueError, match=match):
@@ -197,8 +229,9 @@ def test_shards_are_read_from_their_own_folder_alone(tmp_path, make_config):
     places = dict.fromkeys(half, "a.safetensors") | dict.fromkeys(rest, "b.safetensors")
     index.write_text(json.dumps({"weight_map": places}))
     assert CoMeTModel.from_pretrained(tmp_path).config.backbone.vocab_size == 15
-    index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
-    refused(tmp_path, "expected files of that folder")
+    for wrong in ({"x": "../a.safetensors"}, {"x": 3}, []):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        refused(tmp_path, "expected files of that folder")
     index.write_text(json.dumps({"weight_map": {"x": "c.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="c.safetensors is missing"):
         load_checkpoint(tmp_path)
