@@ -50,20 +50,21 @@ def main(arguments: list[str] | None = None) -> None:
     if args.command == "demo":
         passkey_report.demo(args.out, args.lengths, args.processes)
     elif args.command == "eval":
-        results = passkey_report.measure(
-            args.lengths,
+        asked = passkey_report.Asked(
             args.variant,
             args.keys,
-            tails=args.tails,
-            seed=args.seed,
-            processes=args.processes,
-            model=args.model,
-            haystack=args.haystack,
+            args.tails,
+            args.seed,
+            args.processes,
+            args.model,
+            args.haystack,
         )
-        print(f"\n{passkey_report.table(results)}\n\n{passkey_report.machine(args.processes)}")
+        file = None if args.out is None else args.out / f"{args.variant}.json"
+        results = passkey_report.collect(args.lengths, asked, file)
+        print(f"\n{passkey_report.table(results, args.variant)}")
+        print(f"\n{passkey_report.machine(asked)}")
         if args.out is not None:
-            passkey_report.save(results, args.out / f"{args.variant}.json", args.processes)
-            for path in passkey_report.draw(results, args.out):
+            for path in passkey_report.draw(results, args.variant, args.out):
                 print(f"wrote {path}")
     else:
         if args.threads is not None:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from fast.tasks import passkey
-from fast.tasks.passkey_report import lower_bound, measure
-from fast.train.passkey import LONG, PHASES, Phase, Recipe, Trainer, small_config
+from fast.tasks.passkey_report import Asked, Part, join_parts, lower_bound, measure
+from fast.train.passkey import LONG, PHASES, Phase, Recipe, Texts, Trainer, small_config
 
 
 @pytest.mark.parametrize("variant", passkey.VARIANTS)
@@ -47,13 +49,23 @@ def test_a_split_draws_all_of_its_numbers_and_no_others(split):
     assert len(drawn) > 0.97 * len(own)
 
 
-def test_training_meets_no_number_of_the_test_split():
-    haystack = passkey.read_haystack(split="train")
-    for seed in range(20):
-        text = passkey.Example(4096, 0.5, seed, haystack, spacing=150, split="train").text()
-        told = re.findall(rb"is (\d+)\. Remember it", text)
-        assert len(told) > 5
-        assert all(int(number) % passkey.HELD_OUT for number in told)
+def test_training_meets_nothing_of_the_test_split(tmp_path):
+    """Neither its keys and distractors nor its prose, in the texts that a trainer makes."""
+    trainer = Trainer(small_config(), Recipe(), tmp_path)
+    test = passkey.read_haystack(split="test")
+    told = 0
+    for seed in range(5):
+        texts = Texts(trainer, np.random.default_rng(seed), 512, 7)
+        assert all(key % passkey.HELD_OUT for key in texts.keys)
+        for row in texts.ids.tolist():
+            numbers = re.findall(rb"is (\d+)\. Remember it", bytes(row))
+            assert all(int(number) % passkey.HELD_OUT for number in numbers)
+            told += len(numbers)
+        pieces = [bytes(row[at : at + 100]) for row in texts.ids.tolist() for at in (900, 1700)]
+        plain = [p for p in pieces if b"Remember" not in p and b"grass" not in p]
+        assert len(plain) > 5
+        assert not any(piece in test for piece in plain)
+    assert told > 100
 
 
 def test_no_text_of_the_training_is_longer_than_said():
@@ -80,12 +92,32 @@ def test_the_bound_is_clopper_and_pearson_s():
     assert lower_bound(55, 55) == pytest.approx(0.05 ** (1 / 55), abs=1e-9)
     assert lower_bound(0, 9) == 0.0
     assert lower_bound(9, 10) == pytest.approx(0.6058, abs=1e-4)
+    assert lower_bound(550, 1100) == pytest.approx(0.4748, abs=1e-4)
 
 
 def test_the_processes_share_the_depths_and_change_nothing():
-    one, three = (measure([700], keys=2, tails=True, processes=processes) for processes in (1, 3))
-    assert one[0].found == three[0].found
-    assert one[0].trials == 22
+    (one,), (two,) = (list(measure([700], Asked(keys=2, tails=True, processes=n))) for n in (1, 2))
+    assert one.found == two.found
+    assert one.trials == 22
+
+
+def test_parts_go_back_to_their_depths():
+    """Depth i is the (i // n)th of part i % n; speed is all text over the whole time."""
+    depths = list(range(11))
+    for n in (1, 2, 3, 11):
+        parts = [Part(depths[i::n], 100, 5.0 + i, 15.0 + i, 7 * i) for i in range(n)]
+        joined = join_parts(parts, 4096, 1)
+        assert joined.found == depths
+        assert joined.tokens_per_second == pytest.approx(100 * n / (10 + n - 1))
+        assert joined.peak_bytes == 7 * (n - 1)
+
+
+def test_peak_memory_is_the_process_s_own():
+    """Not its parent's, which a new process starts with on Linux."""
+    held = bytearray(b"x") * 600_000_000
+    script = "from fast.tasks.passkey_report import peak_memory; print(peak_memory())"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 500_000_000 < len(held)
 
 
 class _Interrupted(Trainer):
@@ -117,7 +149,7 @@ def test_training_goes_on_where_it_stopped(tmp_path):
         assert torch.equal(rest.model.state_dict()[name], expected), name
 
 
-def test_a_run_s_folder_keeps_to_its_config(tmp_path):
+def test_a_run_s_folder_keeps_to_its_config_and_recipe(tmp_path):
     Trainer(small_config(), Recipe(), tmp_path).save()
     config = small_config()
     other = dataclasses.replace(
@@ -125,6 +157,12 @@ def test_a_run_s_folder_keeps_to_its_config(tmp_path):
     )
     with pytest.raises(ValueError, match=r"another config; give an empty folder"):
         Trainer(other, Recipe(), tmp_path)
+    with pytest.raises(ValueError, match=r"another recipe; give an empty folder"):
+        Trainer(config, Recipe(seed=1), tmp_path)
+    path = tmp_path / "training.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"training.pt is not a readable checkpoint"):
+        Trainer(config, Recipe(), tmp_path)
 
 
 def test_the_shipped_model_finds_keys():

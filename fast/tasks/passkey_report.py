@@ -10,8 +10,10 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,21 @@ from ..files import atomic_write
 from ..model import CoMeTModel
 from . import passkey
 
-__all__ = ["Measured", "demo", "draw", "lower_bound", "machine", "measure", "table"]
+__all__ = [
+    "Asked",
+    "Measured",
+    "Part",
+    "collect",
+    "demo",
+    "draw",
+    "join_parts",
+    "lower_bound",
+    "machine",
+    "measure",
+    "peak_memory",
+    "save",
+    "table",
+]
 
 DEPTHS = tuple(i / 10 for i in range(11))
 """Where in a text the key is hidden: from its start to its end."""
@@ -32,11 +48,42 @@ LENGTHS = (1024, 4096, 16384, 65536, 262144, 1048576)
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What to measure: everything that the result depends on, but for the machine."""
+
+    variant: str = "published"
+    """"published" or "prose"."""
+
+    keys: int = 1
+    """Keys a depth, each in a text of its own."""
+
+    tails: bool = False
+    """Whether each text is shorter by 0 to a chunk less one byte, at random, so that the question
+    meets chunk borders anywhere."""
+
+    seed: int = 1
+    """Of keys and texts."""
+
+    processes: int | None = None
+    """To share the depths among, of one thread each; None is one a core. They change no key."""
+
+    model: str | None = None
+    """A checkpoint's folder; None is the shipped model."""
+
+    haystack: str | None = None
+    """A text file for the prose variant; None is the built-in text's test split."""
+
+    @property
+    def shares(self) -> int:
+        """Processes that get a depth."""
+        affinity = getattr(os, "sched_getaffinity", None)  # a container may have fewer cores
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        return min(self.processes or cores, len(DEPTHS))
+
+
+@dataclass(frozen=True)
 class Measured:
     """One length, all depths."""
-
-    variant: str
-    """"published" or "prose"."""
 
     length: int
     """Bytes of the texts; with tails, of the longest."""
@@ -48,7 +95,7 @@ class Measured:
     """Keys tried at each depth."""
 
     tokens_per_second: float
-    """Text read, all sequences and processes together, the model loaded."""
+    """Text read by all processes, from when all have loaded the model to when the last is done."""
 
     peak_bytes: int
     """Largest resident set of any one process, interpreter and libraries included."""
@@ -65,18 +112,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one process measures: every `of`th depth from the `part`th on."""
+class Part:
+    """What one process found out."""
 
-    variant: str
-    length: int
-    keys: int
-    tails: bool
-    seed: int
-    part: int
-    of: int
-    model: str | None
-    haystack: str | None
+    found: list[int]
+    """Keys found at each of its depths."""
+
+    bytes_read: int
+    """Text, in bytes."""
+
+    start: float
+    end: float
+    """Seconds on the machine's clock."""
+
+    peak_bytes: int
+    """Largest resident set of the process."""
 
 
 def lower_bound(right: int, trials: int, confidence: float = 0.95) -> float:
@@ -95,90 +145,99 @@ def lower_bound(right: int, trials: int, confidence: float = 0.95) -> float:
     """
     if right == 0:
         return 0.0
+
+    def chance(k: int, p: float) -> float:
+        ways = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        return math.exp(ways + k * math.log(p) + (trials - k) * math.log1p(-p))
+
     low, high = 0.0, right / trials
     for _ in range(60):
         p = (low + high) / 2
-        tail = math.fsum(
-            math.comb(trials, k) * p**k * (1 - p) ** (trials - k) for k in range(right, trials + 1)
-        )
+        tail = math.fsum(chance(k, p) for k in range(right, trials + 1))
         low, high = (p, high) if tail < 1 - confidence else (low, p)
     return low
 
 
-def _measure(job: Job) -> Measured:
-    """One process's part, in a process of its own so that its peak memory is its own.
+def peak_memory() -> int:
+    """Largest resident set that this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: ru_maxrss would start at the parent's
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+_all_loaded: Barrier
+"""Where the processes of a length wait until all have loaded the model."""
+
+
+def _keep(barrier: Barrier) -> None:
+    """In each process: a barrier cannot be sent to a running one."""
+    global _all_loaded
+    _all_loaded = barrier
+
+
+def _measure_part(asked: Asked, length: int, part: int) -> Part:
+    """Every `shares`th depth from the `part`th on, in a process of its own.
 
     One thread a process: threads of one process wait for each other at every operation, and on a
     busy machine that costs more than the work.
     """
     torch.set_num_threads(1)
-    folder = None if job.model is None else Path(job.model)
+    folder = None if asked.model is None else Path(asked.model)
     model = passkey.load_model() if folder is None else CoMeTModel.from_pretrained(folder)
-    haystack = passkey.read_haystack(job.haystack) if job.variant == "prose" else None
-    rng = np.random.default_rng([job.seed, job.length])
-    mine = slice(job.part, None, job.of)
+    haystack = passkey.read_haystack(asked.haystack) if asked.variant == "prose" else None
+    rng = np.random.default_rng([asked.seed, length])
+    mine = slice(part, None, asked.shares)
     found = np.zeros(len(DEPTHS[mine]), dtype=np.int64)
-    read, seconds = 0, 0.0
-    for _ in range(job.keys):
-        # A random tail, so that the question meets chunk borders anywhere.
-        length = job.length - int(rng.integers(model.config.memory.chunk_size)) * job.tails
+    read = 0
+    _all_loaded.wait(timeout=300)
+    start = time.time()
+    for _ in range(asked.keys):
+        size = length - int(rng.integers(model.config.memory.chunk_size)) * asked.tails
         seeds = rng.integers(2**62, size=len(DEPTHS)).tolist()
         examples = [
-            passkey.Example(length, depth, seed, haystack)
+            passkey.Example(size, depth, seed, haystack)
             for depth, seed in zip(DEPTHS[mine], seeds[mine], strict=True)
         ]
-        start = time.perf_counter()
         found += passkey.found(model, examples)
-        seconds += time.perf_counter() - start
-        read += length * len(examples)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024
-    return Measured(job.variant, job.length, found.tolist(), job.keys, read / seconds, peak)
+        read += size * len(examples)
+    return Part(found.tolist(), read, start, time.time(), peak_memory())
 
 
-def measure(
-    lengths: Sequence[int],
-    variant: str = "published",
-    keys: int = 1,
-    *,
-    tails: bool = False,
-    seed: int = 1,
-    processes: int | None = None,
-    model: str | None = None,
-    haystack: str | None = None,
-) -> list[Measured]:
+def join_parts(parts: Sequence[Part], length: int, keys: int) -> Measured:
+    """The parts of one length as one result: part i has the depths i, i + n, i + 2n, ..."""
+    found = [parts[i % len(parts)].found[i // len(parts)] for i in range(len(DEPTHS))]
+    seconds = max(part.end for part in parts) - min(part.start for part in parts)
+    speed = sum(part.bytes_read for part in parts) / seconds
+    return Measured(length, found, keys, speed, max(part.peak_bytes for part in parts))
+
+
+def measure(lengths: Sequence[int], asked: Asked) -> Iterator[Measured]:
     """Hide keys at every depth of texts of every length, and ask for them.
 
     Args:
         lengths: bytes of the texts.
-        variant: "published" or "prose".
-        keys: keys a depth, each in a text of its own; a process reads its depths side by side.
-        tails: shorten each text by 0 to a chunk less one byte, at random.
-        seed: of keys and texts.
-        processes: to share the depths among, of one thread each; None is one a core.
-        model: a checkpoint's folder; None is the shipped model.
-        haystack: a text file for the prose variant; None is the built-in text's test split.
+        asked: what else to measure. A process reads its depths side by side.
 
-    Returns:
-        One result a length, measured one after another, in new processes each.
+    Yields:
+        One result a length, one after another, in new processes each.
+
+    Raises:
+        BrokenProcessPool: a process was killed, for want of memory perhaps.
     """
-    of = min(processes or os.cpu_count() or 1, len(DEPTHS))
-    results = []
     context = multiprocessing.get_context("spawn")
-    for length in tqdm(lengths, desc=variant, unit="length"):
-        jobs = [
-            Job(variant, length, keys, tails, seed, part, of, model, haystack) for part in range(of)
-        ]
-        with context.Pool(of, maxtasksperchild=1) as pool:
-            parts = pool.map(_measure, jobs, chunksize=1)
-        found = [parts[depth % of].found[depth // of] for depth in range(len(DEPTHS))]
-        speed = sum(part.tokens_per_second for part in parts)
-        peak = max(part.peak_bytes for part in parts)
-        results.append(Measured(variant, length, found, keys, speed, peak))
-    return results
+    for length in tqdm(lengths, desc=asked.variant, unit="length"):
+        with ProcessPoolExecutor(
+            asked.shares, context, _keep, (context.Barrier(asked.shares),)
+        ) as pool:
+            jobs = [pool.submit(_measure_part, asked, length, i) for i in range(asked.shares)]
+            parts = [job.result() for job in jobs]
+        yield join_parts(parts, length, asked.keys)
 
 
-def machine(processes: int | None = None) -> str:
+def machine(asked: Asked) -> str:
     """Processor, processes and versions, for the foot of a table."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -186,37 +245,52 @@ def machine(processes: int | None = None) -> str:
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = names[0].partition(":")[2].strip() if names else name
     return (
-        f"{name}, {processes or os.cpu_count()} processes of one thread, Python {platform.python_version()}, "
+        f"{name}, {asked.shares} processes of one thread, Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )
 
 
-def table(results: Sequence[Measured]) -> str:
+def table(results: Sequence[Measured], variant: str) -> str:
     """A Markdown table: length, keys found, the bound, speed, memory."""
     lines = [
-        "| variant | length (bytes) | found | at least (95 %) | tokens/s | peak memory of a process (MB) |",
+        "| variant | length (bytes) | found | at least (95 %) | tokens/s | peak memory (MB) |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
         bound = 100 * lower_bound(r.right, r.trials)
         lines.append(
-            f"| {r.variant} | {r.length:,} | {r.right}/{r.trials} | {bound:.1f} % | "
+            f"| {variant} | {r.length:,} | {r.right}/{r.trials} | {bound:.1f} % | "
             f"{r.tokens_per_second:,.0f} | {r.peak_bytes / 1e6:.1f} |"
         )
     return "\n".join(lines)
 
 
-def save(results: Sequence[Measured], path: Path, processes: int | None = None) -> None:
-    """Write results and the machine as JSON."""
-    data = {"machine": machine(processes), "results": [asdict(r) for r in results]}
+def save(results: Sequence[Measured], asked: Asked, path: Path) -> None:
+    """Write results, what was asked, and the machine, as JSON."""
+    data = {
+        "machine": machine(asked),
+        "asked": asdict(asked),
+        "results": [asdict(r) for r in results],
+    }
     atomic_write(path, json.dumps(data, indent=1) + "\n")
 
 
-def draw(results: Sequence[Measured], folder: Path) -> list[Path]:
+def collect(lengths: Sequence[int], asked: Asked, path: Path | None) -> list[Measured]:
+    """`measure`, with the results so far in a file (see `save`) after each length."""
+    results: list[Measured] = []
+    for result in measure(lengths, asked):
+        results.append(result)
+        if path is not None:
+            save(results, asked, path)
+    return results
+
+
+def draw(results: Sequence[Measured], variant: str, folder: Path) -> list[Path]:
     """A heat map of length by depth, and time and memory against length.
 
     Args:
-        results: of one variant, two lengths or more.
+        results: two lengths or more.
+        variant: that they are of.
         folder: made where it does not exist.
 
     Returns:
@@ -230,7 +304,6 @@ def draw(results: Sequence[Measured], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     lengths = [r.length for r in results]
     labels = [f"{n // 1024}k" if n < 2**20 else f"{n // 2**20}M" for n in lengths]
-    variant = results[0].variant
 
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     share = np.array([r.found for r in results]).T / results[0].keys
@@ -248,9 +321,9 @@ def draw(results: Sequence[Measured], folder: Path) -> list[Path]:
     plt.close(figure)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    seconds = [n / r.tokens_per_second for n, r in zip(lengths, results, strict=True)]
+    seconds = [len(DEPTHS) * r.length / r.tokens_per_second for r in results]
     left.loglog(lengths, seconds, "o-")
-    left.set(xlabel="length (bytes)", ylabel="seconds a text", title="Time is linear")
+    left.set(xlabel="length (bytes)", ylabel="seconds for 11 texts", title="Time is linear")
     right.semilogx(lengths, [r.peak_bytes / 1e6 for r in results], "o-")
     right.set(
         xlabel="length (bytes)", ylabel="peak memory of a process (MB)", title="Memory is flat"
@@ -272,19 +345,19 @@ def demo(folder: Path, lengths: Sequence[int] = LENGTHS, processes: int | None =
     Args:
         folder: where the pictures and the results go.
         lengths: bytes of the texts.
-        processes: see `measure`.
+        processes: see `Asked`.
     """
-    results = measure(lengths, processes=processes)
+    asked = Asked(processes=processes)
+    results = collect(lengths, asked, folder / "demo.json")
     print()
     print("depth " + "".join(f"{r.length:>11,}" for r in results))
     for row, depth in enumerate(DEPTHS):
         marks = ("found" if r.found[row] else "NOT FOUND" for r in results)
         print(f"{depth:>5.0%} " + "".join(f"{mark:>11}" for mark in marks))
     print()
-    print(table(results))
-    print(f"\n{machine(processes)}")
-    save(results, folder / "demo.json", processes)
-    for path in draw(results, folder):
+    print(table(results, asked.variant))
+    print(f"\n{machine(asked)}")
+    for path in draw(results, asked.variant, folder):
         print(f"wrote {path}")
     right, trials = sum(r.right for r in results), sum(r.trials for r in results)
     first, last = results[min(2, len(results) - 1)], results[-1]

@@ -12,6 +12,7 @@ over to texts that are longer by orders: what never changes does not age.
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..model import IGNORE, CoMeTModel
 from ..state import CoMeTState
 from ..tasks import passkey
 
-__all__ = ["PHASES", "Phase", "Recipe", "Trainer", "small_config"]
+__all__ = ["LONG", "PHASES", "Phase", "Recipe", "Texts", "Trainer", "small_config"]
 
 
 def small_config() -> CoMeTConfig:
@@ -84,6 +85,7 @@ class Phase:
 
 
 LONG = ((1, 1), (1, 3), (2, 3), (1, 10), (2, 8), (4, 7))
+"""Windows of up to 4 chunks, texts of up to 28."""
 
 PHASES = (
     Phase(2500, ((1, 1),), 2e-3),
@@ -165,27 +167,36 @@ class Trainer:
     def _load(self) -> None:
         if not self.checkpoint.exists():
             return
-        saved = torch.load(self.checkpoint, weights_only=True)
-        if saved["config"] != self.model.config.to_json():
+        try:
+            saved = torch.load(self.checkpoint, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"{self.checkpoint} is of a model of another config; give an empty folder."
-            )
+                f"{self.checkpoint} is not a readable checkpoint ({error}); give another folder."
+            ) from error
+        own = {"config": self.model.config.to_json(), "recipe": dataclasses.asdict(self.recipe)}
+        for name, value in own.items():
+            if saved[name] != value:
+                raise ValueError(
+                    f"{self.checkpoint} is of a run of another {name}; give an empty folder, or "
+                    "the seed and recipe that it was started with."
+                )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.texts, self.accuracy = saved["step"], saved["texts"], saved["accuracy"]
 
     def save(self) -> None:
-        """Write the run's checkpoint, and the model as it is."""
+        """Write the model as it is, and the run's checkpoint."""
         run: dict[str, Any] = {
             "config": self.model.config.to_json(),
+            "recipe": dataclasses.asdict(self.recipe),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "texts": self.texts,
             "accuracy": self.accuracy,
         }
-        atomic_torch_save(self.checkpoint, run)
         self.model.save_pretrained(self.folder / "model")
+        atomic_torch_save(self.checkpoint, run)  # last: a run that ended has left its model
 
     def run(self, save_every: int = 500) -> None:
         """Train to the recipe's end.
@@ -212,14 +223,14 @@ class Trainer:
         phase, _ = self.recipe.phase_at(self.step)
         chunks, most = phase.windows[rng.integers(len(phase.windows))]
         length = chunks * self.model.config.memory.chunk_size
-        texts = _Texts(self, rng, length, int(rng.integers(1, most + 1)))
+        texts = Texts(self, rng, length, int(rng.integers(1, most + 1)))
         state: CoMeTState | None = None
         for start in range(0, texts.windows * length, length):
             state, loss = self._window(texts, state, start, rng)
             yield loss
 
     def _window(
-        self, texts: _Texts, state: CoMeTState | None, start: int, rng: np.random.Generator
+        self, texts: Texts, state: CoMeTState | None, start: int, rng: np.random.Generator
     ) -> tuple[CoMeTState, float]:
         phase, step = self.recipe.phase_at(self.step)
         rate = phase.learning_rate * min(1.0, (self.step + 1) / WARMUP)
@@ -272,8 +283,15 @@ def _change(before: CoMeTState, after: CoMeTState) -> Tensor:
     return torch.stack([(new - old).abs().mean((1, 2)) for old, new in pairs]).mean(0)
 
 
-class _Texts:
-    """A batch of texts of one length, with their keys."""
+class Texts:
+    """A batch of texts of one length, with their keys.
+
+    Args:
+        trainer: whose haystack, batch size and chunk size they follow.
+        rng: source of everything random.
+        window: tokens of a window.
+        windows: windows of a text; a chunk more is kept for what comes before the question.
+    """
 
     def __init__(
         self, trainer: Trainer, rng: np.random.Generator, window: int, windows: int
