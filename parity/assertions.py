@@ -20,9 +20,9 @@ YARDSTICK = 4.0
 """float32: the fast path's largest error against the float64 reference may be at most so many times
 that of the reference run in float32, plus that many machine epsilons."""
 
-HALF_EPSILONS = 60
-"""bfloat16 and float16, in which the reference is not run: largest error of the first token's logits against
-the float64 reference, in machine epsilons."""
+HALF_YARDSTICK = 2.0
+"""bfloat16 and float16, in which the reference is not run: the fast path's largest error may be at
+most so many times what a rounding of the weights does to the float64 reference, plus 8 epsilons."""
 
 GRADIENT_TOLERANCE = 1e-12
 """Largest error of a directional derivative, float64, relative to max(1, sum of the magnitudes that
