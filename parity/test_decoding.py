@@ -85,11 +85,10 @@ def test_a_stop_token_ends_the_text_and_state_goes_on(case):
     text = torch.tensor([ids])
     whole = model.generate(text, max_new_tokens=6)
     first = model.generate(text, max_new_tokens=2)
-    rest = model.generate(
-        torch.tensor([whole.ids[0][2:3]]), model.close_chunk(first.state), max_new_tokens=1
-    )
+    rest = model.generate(torch.tensor([whole.ids[0][2:3]]), first.state, max_new_tokens=3)
     assert first.ids[0] == whole.ids[0][:2]
-    assert rest.state.tokens[0] == len(ids) + 4
+    assert rest.ids[0] == whole.ids[0][3:]
+    assert rest.state.tokens[0] == whole.state.tokens[0]
     stopped = model.generate(text, max_new_tokens=6, stop_ids=whole.ids[0][:1])
     assert stopped.ids[0] == whole.ids[0][:1]
 
