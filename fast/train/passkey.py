@@ -84,15 +84,17 @@ class Phase:
     stored is an attractor."""
 
 
+SHORT = ((1, 1), (1, 3), (2, 3), (1, 10))
 LONG = ((1, 1), (1, 3), (2, 3), (1, 10), (2, 8), (4, 7))
-"""Windows of up to 4 chunks, texts of up to 28."""
+"""Windows of up to 2 chunks, and of up to 4; texts of up to 10 chunks, and of up to 28."""
 
 PHASES = (
     Phase(2500, ((1, 1),), 2e-3),
     Phase(1500, LONG, 3e-3),
     Phase(5000, LONG, 3e-3, decays=True, language_weight=0.05, noise=0.03),
+    Phase(4500, SHORT, 2e-3, decays=True, language_weight=0.05, noise=0.03),
 )
-"""Find the key one chunk back; carry it; settle."""
+"""Find the key one chunk back; carry it; settle; read more keys, in shorter texts."""
 
 
 @dataclass(frozen=True)
