@@ -85,7 +85,7 @@ class Phase:
 
 
 SHORT = ((1, 1), (1, 3), (2, 3), (1, 10))
-LONG = ((1, 1), (1, 3), (2, 3), (1, 10), (2, 8), (4, 7))
+LONG = (*SHORT, (2, 8), (4, 7))
 """Windows of up to 2 chunks, and of up to 4; texts of up to 10 chunks, and of up to 28."""
 
 PHASES = (
