@@ -101,14 +101,28 @@ def random_model(config: CoMeTConfig, seed: int, dtype: torch.dtype = torch.floa
 seeds = st.integers(0, 2**16)
 
 
+def queue_entries(config: CoMeTConfig, n: int) -> int:
+    """Entries that a text of n tokens, its last chunk left open, has put into the queue, however
+    many stay. A full group's compression token is read when the next text token comes, or the
+    chunk closes."""
+    memory = config.memory
+    size, stride = memory.chunk_size, memory.compression_stride
+    if not stride:
+        return 0
+    full, last = divmod(n - 1, size)
+    closed = -(-size // stride) if memory.trailing_compression else (size - 1) // stride
+    return full * closed + last // stride
+
+
 def corner_lengths(config: CoMeTConfig) -> st.SearchStrategy[int]:
-    """Text lengths around multiples of the chunk: k * chunk - 1, k * chunk, k * chunk + 1, and
-    shorter than a chunk."""
-    size = config.memory.chunk_size
+    """Text lengths around multiples of the chunk: k * chunk - 1, k * chunk, k * chunk + 1; those
+    that just fill the queue; and any others, shorter than a chunk too."""
+    size, capacity = config.memory.chunk_size, config.memory.temporary_memory_size
     around = {k * size + j for k in range(1, 5) for j in (-1, 0, 1)}
-    return st.one_of(
-        st.sampled_from(sorted(n for n in around if n >= 1)), st.integers(1, 4 * size + 2)
-    )
+    anywhere = range(1, 4 * size + 3)
+    filling = [n for n in anywhere if queue_entries(config, n) == capacity]
+    strategies = [st.sampled_from(sorted(n for n in around if n >= 1)), st.sampled_from(anywhere)]
+    return st.one_of(*strategies, *([st.sampled_from(filling)] if filling else []))
 
 
 @st.composite

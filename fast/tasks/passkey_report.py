@@ -307,14 +307,15 @@ def draw(results: Sequence[Measured], variant: str, folder: Path) -> list[Path]:
 
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     share = np.array([r.found for r in results]).T / results[0].keys
-    image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = axes.imshow(share, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     axes.set_xticks(range(len(lengths)), labels)
     axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
     axes.set(xlabel="length of the text (bytes)", ylabel="depth of the key")
-    axes.set_title(f"Pass key found, {variant} task, {results[0].keys} key(s) a cell")
+    axes.set_title(f"Pass key found, {variant} task, {results[0].keys} keys a cell")
     for x, column in enumerate(share.T):
         for y, value in enumerate(column):
-            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7)
+            colour = "white" if value < 0.5 else "black"
+            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=axes, label="share found")
     heat = folder / f"passkey_{variant}.png"
     figure.savefig(heat, dpi=150)
