@@ -329,7 +329,7 @@ def draw(results: Sequence[Measured], variant: str, folder: Path) -> list[Path]:
     right.set(
         xlabel="length (bytes)", ylabel="peak memory of a process (MB)", title="Memory is flat"
     )
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.25 * max(r.peak_bytes for r in results) / 1e6)
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.set_xticks(lengths, labels)
