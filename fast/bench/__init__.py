@@ -1,1 +1,1 @@
-"""What the savings are worth: measurements side by side, in one run."""
+"""What the savings of `fast` are to be measured against."""

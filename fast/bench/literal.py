@@ -1,8 +1,8 @@
 """The literal schedule: the equations as they stand, chunk by chunk, with nothing left out.
 
 Each chunk's row is made anew and goes through every operation of every layer, memory slots
-included, and their outputs are dropped, as the published code does. `fast.bench` measures the
-savings of `fast/` against it, and `parity/test_literal.py` holds both to one result.
+included, and their outputs are dropped, as the published code does. It is the yardstick for the
+savings of `fast/`, and `parity/test_literal.py` holds both to one result.
 """
 
 from __future__ import annotations
