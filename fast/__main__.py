@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .tasks import passkey, passkey_report
-from .train.passkey import Recipe, Trainer, small_config
+from .train.passkey import train as train_passkey
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        Trainer(small_config(), Recipe(seed=args.seed), args.out).run()
+        print(f"wrote {train_passkey(args.out, args.seed)}")
 
 
 if __name__ == "__main__":

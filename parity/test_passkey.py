@@ -11,7 +11,16 @@ import torch
 
 from fast.tasks import passkey
 from fast.tasks.passkey_report import Asked, Part, join_parts, lower_bound, measure
-from fast.train.passkey import LONG, PHASES, Phase, Recipe, Texts, Trainer, small_config
+from fast.train.passkey import (
+    AFTER,
+    LONG,
+    STAGES,
+    Phase,
+    Recipe,
+    Texts,
+    Trainer,
+    small_config,
+)
 
 
 @pytest.mark.parametrize("variant", passkey.VARIANTS)
@@ -49,9 +58,10 @@ def test_a_split_draws_all_of_its_numbers_and_no_others(split):
     assert len(drawn) > 0.97 * len(own)
 
 
-def test_training_meets_nothing_of_the_test_split(tmp_path):
+@pytest.mark.parametrize("recipe", STAGES)
+def test_training_meets_nothing_of_the_test_split(recipe, tmp_path):
     """Neither its keys and distractors nor its prose, in the texts that a trainer makes."""
-    trainer = Trainer(small_config(), Recipe(), tmp_path)
+    trainer = Trainer(small_config(), recipe, tmp_path)
     test = passkey.read_haystack(split="test")
     told = 0
     for seed in range(5):
@@ -71,8 +81,31 @@ def test_training_meets_nothing_of_the_test_split(tmp_path):
 def test_no_text_of_the_training_is_longer_than_said():
     chunk = small_config().memory.chunk_size
     asked = len(f"\n{passkey.QUESTION} 50000.\n")
-    for phase in PHASES:
-        assert max((a * b + 1) * chunk + asked for a, b in phase.windows) <= 4096
+    for recipe in STAGES:
+        for chunks, most in (pair for phase in recipe.phases for pair in phase.windows):
+            windows = most - 1 + AFTER if recipe.late else most
+            assert (chunks * windows + 1) * chunk + asked <= 4096
+
+
+def test_keys_and_answers_are_cut_by_borders_and_come_late(tmp_path):
+    """What the second stage is for, in the texts that it makes."""
+    recipe = dataclasses.replace(STAGES[1], cut=1.0)
+    trainer = Trainer(small_config(), recipe, tmp_path)
+    chunk = small_config().memory.chunk_size
+    rng = np.random.default_rng(0)
+    texts = Texts(trainer, rng, window=chunk, windows=9, lead=6)
+    for row, key, start, end in zip(
+        texts.ids.tolist(), texts.keys, texts.starts, texts.ends, strict=True
+    ):
+        said = passkey.INFORMATION.format(key=key).encode()
+        assert bytes(row[start:end]) == said[: len(row) - start]
+        assert 5.5 * chunk <= start <= 8 * chunk
+        digits = len(str(key))
+        mentions = start + said.index(b"%d" % key), start + said.rindex(b"%d" % key)
+        assert any(-place % chunk <= digits for place in mentions)
+    question, answer = len(f"\n{passkey.QUESTION}"), len(" 12345.\n")
+    tails = {texts.cutting_tail(rng) for _ in range(200)}
+    assert tails == {chunk - question - cut for cut in range(answer + 1)}
 
 
 def test_bad_texts_say_what_is_wrong():
@@ -126,7 +159,8 @@ class _Interrupted(Trainer):
         raise KeyboardInterrupt
 
 
-def test_training_goes_on_where_it_stopped(tmp_path):
+@pytest.mark.parametrize("late", [False, True])
+def test_training_goes_on_where_it_stopped(late, tmp_path):
     """To the bit: what a step does depends on the step's number and the weights alone."""
     config = small_config()
     config = dataclasses.replace(
@@ -136,12 +170,15 @@ def test_training_goes_on_where_it_stopped(tmp_path):
         ),
     )
     phases = (Phase(2, ((1, 1),), 1e-2), Phase(4, LONG, 1e-2, decays=True))
-    recipe = Recipe(phases=phases, batch_size=2)
-    whole = Trainer(config, recipe, tmp_path / "whole")
+    first = Recipe(phases=phases[:1], batch_size=2)
+    Trainer(config, first, tmp_path / "first").run()
+    start = tmp_path / "first" / "model"
+    recipe = Recipe(phases=phases, batch_size=2, late=late, cut=0.5 * late)
+    whole = Trainer(config, recipe, tmp_path / "whole", start)
     whole.run()
     with pytest.raises(KeyboardInterrupt):
-        _Interrupted(config, recipe, tmp_path / "cut").run(save_every=3)
-    rest = Trainer(config, recipe, tmp_path / "cut")
+        _Interrupted(config, recipe, tmp_path / "cut", start).run(save_every=3)
+    rest = Trainer(config, recipe, tmp_path / "cut", start)
     assert 3 <= rest.step < whole.step
     rest.run()
     assert rest.step == whole.step
@@ -159,6 +196,8 @@ def test_a_run_s_folder_keeps_to_its_config_and_recipe(tmp_path):
         Trainer(other, Recipe(), tmp_path)
     with pytest.raises(ValueError, match=r"another recipe; give an empty folder"):
         Trainer(config, Recipe(seed=1), tmp_path)
+    with pytest.raises(ValueError, match=r"model has another config; expected the one to train"):
+        Trainer(other, Recipe(), tmp_path / "new", start=tmp_path / "model")
     path = tmp_path / "training.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"training.pt is not a readable checkpoint"):

@@ -1,4 +1,4 @@
-"""Training a byte-level model from scratch to find a pass key.
+"""Training a byte-level model from scratch to find a pass key: `train`.
 
 Every step reads one window of chunks of a batch of texts, then asks, on a fork of the state, for
 the keys that have gone by. The texts go on from the state before the question, and no gradient
@@ -31,7 +31,7 @@ from ..model import IGNORE, CoMeTModel
 from ..state import CoMeTState
 from ..tasks import passkey
 
-__all__ = ["LONG", "PHASES", "Phase", "Recipe", "Texts", "Trainer", "small_config"]
+__all__ = ["LONG", "STAGES", "Phase", "Recipe", "Texts", "Trainer", "small_config", "train"]
 
 
 def small_config() -> CoMeTConfig:
@@ -96,6 +96,18 @@ PHASES = (
 )
 """Find the key one chunk back; carry it; settle; read more keys, in shorter texts."""
 
+SHARPEN = (
+    Phase(
+        16000,
+        ((1, 1), (1, 1), (1, 4), (2, 3), (1, 10), (2, 8), (1, 27)),
+        2e-3,
+        decays=True,
+        language_weight=0.05,
+        noise=0.03,
+    ),
+)
+"""On what the first phases' model still misses: see `STAGES`."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -106,6 +118,13 @@ class Recipe:
     hide_queue: float = 0.3
     """Share of windows whose question is asked with an empty queue, so that the global memory
     learns what the queue could tell."""
+    late: bool = False
+    """Whether a text's key is as likely to come in any window as in the first. The windows before
+    it are read without gradient, and `AFTER` at most are trained on. False: most keys come in the
+    first window."""
+    cut: float = 0.0
+    """Share of a `late` recipe's keys whose number is cut by a chunk's border, and of the answers
+    that are, beside those that chance cuts."""
     first_gate_bias: float = 2.0
     """The gate starts mostly shut, so that what is stored stays while writing is learned."""
     weight_scale: float = 4.0
@@ -126,17 +145,43 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
 
+STAGES = (Recipe(), Recipe(phases=SHARPEN, late=True, cut=0.4))
+"""One run after the other, each from the model of the one before: learn to find keys at all; then
+learn those that come late into a state that has read much, and those that are cut."""
+
+AFTER = 4
+"""Most windows of a `late` recipe's text that are trained on, the key's included."""
+
 WARMUP = 100
 """Steps over which the learning rate rises at the start of training."""
 
 
 class Trainer:
-    """Trains a model; `run` goes on from the folder's checkpoint where there is one."""
+    """Trains a model; `run` goes on from the folder's checkpoint where there is one.
 
-    def __init__(self, config: CoMeTConfig, recipe: Recipe, folder: Path) -> None:
+    Args:
+        config: of the model.
+        recipe: what to do.
+        folder: of the run.
+        start: a model's folder to begin with; None begins with random weights.
+
+    Raises:
+        ValueError: the folder's checkpoint or the start is not readable or of another config, or
+            the checkpoint is of another recipe.
+    """
+
+    def __init__(
+        self, config: CoMeTConfig, recipe: Recipe, folder: Path, start: Path | None = None
+    ) -> None:
         self.recipe, self.folder = recipe, folder
         self.model = CoMeTModel(config, seed=recipe.seed)
-        self._start_weights()
+        if start is None:
+            self._start_weights()
+        else:
+            before = CoMeTModel.from_pretrained(start)
+            if before.config != config:
+                raise ValueError(f"{start} has another config; expected the one to train.")
+            self.model.load_state_dict(before.state_dict())
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             [
@@ -225,9 +270,15 @@ class Trainer:
         phase, _ = self.recipe.phase_at(self.step)
         chunks, most = phase.windows[rng.integers(len(phase.windows))]
         length = chunks * self.model.config.memory.chunk_size
-        texts = Texts(self, rng, length, int(rng.integers(1, most + 1)))
+        lead = int(rng.integers(most)) if self.recipe.late else 0
+        windows = lead + int(rng.integers(1, (AFTER if self.recipe.late else most) + 1))
+        texts = Texts(self, rng, length, windows, lead)
         state: CoMeTState | None = None
-        for start in range(0, texts.windows * length, length):
+        if lead:
+            with torch.no_grad():
+                out = self.model(texts.ids[:, : lead * length], logits="none")
+                state = self.model.close_chunk(out.state)
+        for start in range(lead * length, windows * length, length):
             state, loss = self._window(texts, state, start, rng)
             yield loss
 
@@ -253,6 +304,8 @@ class Trainer:
         closed = self.model.close_chunk(out.state)
         asked = closed
         tail = int(rng.integers(self.model.config.memory.chunk_size))
+        if self.recipe.cut and rng.random() < self.recipe.cut:
+            tail = texts.cutting_tail(rng)
         gone_by = texts.ends <= end + tail
         if rng.random() < self.recipe.hide_queue:
             asked = closed.forget_temporary()
@@ -279,6 +332,25 @@ class Trainer:
         return closed.detach(), loss.item()
 
 
+def train(folder: Path, seed: int = 0) -> Path:
+    """Train the small model from start to end: every stage, each in a folder of its own.
+
+    Args:
+        folder: of the stages' folders; what is there already is gone on with.
+        seed: of weights and texts.
+
+    Returns:
+        The trained model's folder, `from_pretrained` reads it.
+    """
+    start: Path | None = None
+    for number, recipe in enumerate(STAGES, 1):
+        stage = folder / f"stage{number}"
+        Trainer(small_config(), dataclasses.replace(recipe, seed=seed), stage, start).run()
+        start = stage / "model"
+    assert start is not None  # there are stages
+    return start
+
+
 def _change(before: CoMeTState, after: CoMeTState) -> Tensor:
     """Mean absolute change of the global state, [b]."""
     pairs = zip(before.global_state, after.global_state, strict=True)
@@ -293,18 +365,25 @@ class Texts:
         rng: source of everything random.
         window: tokens of a window.
         windows: windows of a text; a chunk more is kept for what comes before the question.
+        lead: windows before the key's, in a `late` recipe.
     """
 
     def __init__(
-        self, trainer: Trainer, rng: np.random.Generator, window: int, windows: int
+        self,
+        trainer: Trainer,
+        rng: np.random.Generator,
+        window: int,
+        windows: int,
+        lead: int = 0,
     ) -> None:
-        self.window, self.windows = window, windows
-        length = window * windows + trainer.model.config.memory.chunk_size
+        self.window, self.chunk = window, trainer.model.config.memory.chunk_size
+        recipe = trainer.recipe
+        length = window * windows + self.chunk
         rows, keys, starts, ends = [], [], [], []
-        for _ in range(trainer.recipe.batch_size):
+        for _ in range(recipe.batch_size):
             # Most texts start anywhere, and most keys come early, so that they are asked for often.
             skip = 0 if rng.random() < 0.25 else len(passkey.DESCRIPTION) + 1
-            reach = min(1.0, window / length) if rng.random() < 0.6 else 0.95
+            reach = min(1.0, window / length) if recipe.late or rng.random() < 0.6 else 0.95
             example = passkey.Example(
                 length + skip + 200,
                 depth=rng.random() * reach,
@@ -313,12 +392,21 @@ class Texts:
                 spacing=float(rng.choice([150, 400, 1500])),
                 split="train",
             )
+            if recipe.late:  # half a chunk more than its window: asked for while it is read
+                start = lead * window + int(rng.integers(window + self.chunk // 2))
+                if rng.random() < recipe.cut:
+                    start = _cut(start, example.key, self.chunk, rng)
+                example = _move(example, start + skip)
             rows.append(passkey.encode(example.text()[skip : skip + length]))
             keys.append(example.key)
             starts.append(example.key_start - skip)
             ends.append(example.key_end - skip)
         self.ids = torch.from_numpy(np.stack(rows))
         self.keys, self.starts, self.ends = keys, np.array(starts), np.array(ends)
+
+    def cutting_tail(self, rng: np.random.Generator) -> int:
+        """A tail after which a chunk's border is somewhere in the answer."""
+        return self.chunk - len(passkey.QUESTION) - 1 - int(rng.integers(len(" 12345.\n") + 1))
 
     def ask(self, end: int, tail: int, gone_by: np.ndarray) -> tuple[Tensor, Tensor]:
         """The texts' next `tail` tokens with the question and answer behind them.
@@ -335,3 +423,17 @@ class Texts:
         asked = torch.from_numpy(question).expand(len(said), -1)
         ids = torch.cat([self.ids[:, end : end + tail], asked, answer], dim=1)
         return ids[:, :-1], targets
+
+
+def _cut(start: int, key: int, chunk: int, rng: np.random.Generator) -> int:
+    """The nearest start of a key's sentence that puts a border into one of its two mentions."""
+    said, digits = passkey.INFORMATION.format(key=key), str(key)
+    mention = said.index(digits) if rng.random() < 0.5 else said.rindex(digits)
+    border = start + mention + int(rng.integers(len(digits) + 1))
+    return start - ((border + chunk // 2) % chunk - chunk // 2)
+
+
+def _move(example: passkey.Example, start: int) -> passkey.Example:
+    """The example with its key's sentence at a byte, or as near to it as its text allows."""
+    first, last = (dataclasses.replace(example, depth=d).key_start for d in (0.0, 1.0))
+    return dataclasses.replace(example, depth=min(max((start - first) / (last - first), 0.0), 1.0))
