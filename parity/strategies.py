@@ -93,6 +93,12 @@ def random_weights(config: CoMeTConfig, seed: int) -> dict[str, Any]:
     return map_parameters(start, shapes(config))
 
 
+def nudged(params: dict[str, Any], seed: int, epsilon: float) -> dict[str, Any]:
+    """Every weight moved by at most a relative epsilon."""
+    rng = np.random.default_rng(seed)
+    return map_parameters(lambda _, p: p * (1 + epsilon * rng.uniform(-1, 1, p.shape)), params)
+
+
 def random_model(config: CoMeTConfig, seed: int, dtype: torch.dtype = torch.float64) -> CoMeTModel:
     """The fast model with `random_weights`."""
     return CoMeTModel(config, to_tensors(random_weights(config, seed), dtype))

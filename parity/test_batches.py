@@ -9,8 +9,16 @@ from fast import IGNORE
 from reference import model as spec
 from reference import stream
 
-from .assertions import arrays_of, assert_logits, assert_near, assert_same_stream
-from .strategies import VOCAB, configs, corner_lengths, random_model, seeds
+from .assertions import (
+    TOLERANCE,
+    YARDSTICK,
+    arrays_of,
+    assert_logits,
+    assert_near,
+    assert_same_stream,
+    largest_error,
+)
+from .strategies import VOCAB, configs, corner_lengths, nudged, random_model, seeds
 
 
 @st.composite
@@ -33,14 +41,21 @@ def texts(lengths, seed):
     return [rng.integers(0, VOCAB, n).tolist() for n in lengths]
 
 
-@given(batches(), st.integers(1, 2), st.sampled_from([0, VOCAB - 1, -7, 10**6]))
+@given(batches(), st.integers(1, 3), st.sampled_from([0, VOCAB - 1, -7, 10**6]))
 def test_a_ragged_batch_is_each_sequence_alone(batch, calls, fill):
-    """Several calls, each with lengths of its own; padding holds any number at all."""
+    """Several calls, each with lengths of its own; padding holds any number at all.
+
+    Random weights blow a rounding up from chunk to chunk, so the reference's own sensitivity to
+    one, in the same sequence, is the yardstick beside the tolerance.
+    """
     config, seed, lengths = batch
     model = random_model(config, seed)
     params = arrays_of(model)
     state = before = None
     alone = [stream.new_state(config) for _ in lengths]
+    rounded = [nudged(params, i, np.finfo(np.float64).eps) for i in range(2)]
+    moved = [[stream.new_state(config) for _ in lengths] for _ in rounded]
+    sensitivity = [0.0 for _ in lengths]
     for call in range(calls):
         rng = np.random.default_rng([seed, call])
         now = [int(n) for n in rng.permutation(lengths)]
@@ -52,11 +67,15 @@ def test_a_ragged_batch_is_each_sequence_alone(batch, calls, fill):
         last = model(ids, lengths=now, state=before, logits="last")
         for i, row in enumerate(rows):
             expected, alone[i] = spec.forward(row, alone[i], params, config)
+            for weights, states in zip(rounded, moved, strict=True):
+                other, states[i] = spec.forward(row, states[i], weights, config)
+                sensitivity[i] = max(sensitivity[i], largest_error(other, expected))
             what = f"call {call}, sequence {i}"
-            assert_logits(out.logits[i, : len(row)], expected, config, what)
-            assert_near(last.logits[i, 0], expected[-1], f"{what}, last")
+            limit = max(TOLERANCE, YARDSTICK * sensitivity[i])
+            assert_logits(out.logits[i, : len(row)], expected, config, what, limit)
+            assert_near(last.logits[i, 0], expected[-1], f"{what}, last", limit)
             assert (out.logits[i, len(row) :] == 0).all(), f"{what}: logits of padding"
-            assert_same_stream(state, i, alone[i], config, what)
+            assert_same_stream(state, i, alone[i], config, what, limit)
         before = state
 
 

@@ -24,7 +24,7 @@ from .assertions import (
     assert_near,
     largest_error,
 )
-from .strategies import cases, random_model, seeds
+from .strategies import cases, nudged, random_model, seeds
 
 
 @given(cases())
@@ -106,11 +106,6 @@ def test_one_chunk_is_the_plain_decoder(case):
     )
 
 
-def nudged(params, rng, epsilon):
-    """Every weight moved by at most a relative epsilon."""
-    return map_parameters(lambda _, p: p * (1 + epsilon * rng.uniform(-1, 1, p.shape)), params)
-
-
 def widened(config):
     """The default epsilon is the dtype's own, float32's at least: for float64 to have the same."""
     eps = config.memory.global_norm_eps or float(np.finfo(np.float32).eps)
@@ -129,7 +124,7 @@ def test_float32_is_as_exact_as_the_reference_in_float32(case):
     assert found.dtype == torch.float32
     own, epsilon = 0.0, float(np.finfo(np.float32).eps)
     for jitter in range(4):  # how far one rounding of the weights moves float32
-        moved = nudged(params, np.random.default_rng(jitter), epsilon * (jitter > 0))
+        moved = nudged(params, jitter, epsilon * (jitter > 0))
         moved = map_parameters(lambda _, p: p.astype(np.float32), moved)
         logits, _ = spec.forward(ids, stream.new_state(config, np.float32), moved, config)
         assert logits.dtype == np.float32
@@ -151,7 +146,7 @@ def test_half_types_err_as_a_rounding_of_the_weights_does(dtype, case):
     truth, _ = spec.forward(ids, stream.new_state(config), params, config)
     own, epsilon = 0.0, torch.finfo(dtype).eps
     for jitter in range(3):
-        moved = nudged(params, np.random.default_rng(jitter), epsilon)
+        moved = nudged(params, jitter, epsilon)
         logits, _ = spec.forward(ids, stream.new_state(config), moved, config)
         own = max(own, largest_error(logits, truth))
     assert largest_error(out.logits[0].double(), truth) <= HALF_YARDSTICK * (own + 8 * epsilon)
