@@ -8,6 +8,7 @@ float32 or wider and cast back, whatever the model's dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ __all__ = [
     "adapter",
     "append_slots",
     "attention",
+    "causal_mask",
     "decoder_layer",
     "linear",
     "merge_heads",
+    "project_all",
     "project_keys_values",
     "project_memory",
+    "project_queries",
     "rms_norm",
     "rotary_frequencies",
     "rotary_table",
@@ -144,8 +148,11 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, sin = (part if part.dim() == 2 else part[:, None] for part in rotation)
     first, second = widen(x).chunk(2, dim=-1)  # [b, heads, n, e / 2] each
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+    turned = [
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    ]
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -194,7 +201,34 @@ def append_slots(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     return F.pad(past, (0, 0, 0, new.shape[2])).scatter(2, index, new)
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+def causal_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores of a row, so that a slot sees every slot up to itself.
+
+    One mask serves all layers of a round: made once, in the form that attention adds.
+
+    Args:
+        positions: [n] or [b, n], positions of the new slots.
+        length: slots of the row, the new ones included.
+        dtype: of the queries.
+
+    Returns:
+        [n, length] or [b, 1, n, length], 0 or -inf; None where the new slots are the whole row.
+    """
+    if positions.dim() == 1 and len(positions) == length:
+        return None
+    unseen = torch.arange(length, device=positions.device) > positions[..., None]  # [(b,) n, l]
+    if positions.dim() == 2:
+        unseen = unseen[:, None]
+    return unseen.new_zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+
+
+def attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T / sqrt(e)) v, a slot seeing every slot up to itself. Twin of
     `reference.layers.attention`.
 
@@ -202,21 +236,16 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) 
         queries: [b, h, n, e] of the new slots, rotated.
         keys, values: [b, k, l, e] of the whole row; h is a multiple of k.
         positions: [n] or [b, n], positions of the new slots; a key's index is its position.
+        mask: their `causal_mask`, where the caller has it.
 
     Returns:
         [b, h, n, e].
     """
-    n, length = queries.shape[2], keys.shape[2]
+    if mask is None:
+        mask = causal_mask(positions, keys.shape[2], queries.dtype)
     grouped = queries.shape[1] != keys.shape[1]
-    if positions.dim() == 1 and n == length:
-        return F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=grouped
-        )
-    visible = torch.arange(length, device=positions.device) <= positions[..., None]  # [(b,) n, l]
-    if positions.dim() == 2:
-        visible = visible[:, None]  # [b, 1, n, l]
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=visible, enable_gqa=grouped
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
 
 
@@ -230,8 +259,32 @@ def swiglu(x: Tensor, weights: Weights) -> Tensor:
     Returns:
         [..., d].
     """
-    product = F.silu(linear(x, weights["gate_proj"])) * linear(x, weights["up_proj"])
-    return linear(product, weights["down_proj"])
+    gate, up = _products(x, "gate_up_proj", ("gate_proj", "up_proj"), weights)
+    return linear(F.silu(gate) * up, weights["down_proj"])
+
+
+def _products(
+    x: Tensor, fused: str, names: tuple[str, ...], weights: Weights, biased: bool = False
+) -> Sequence[Tensor]:
+    """Several linear maps of one input, as one product where `parameters.fuse` joined them.
+
+    Args:
+        x: [..., d].
+        fused: name of the joined weights.
+        names: of the weights.
+        biased: whether they have biases, which are named alike.
+
+    Returns:
+        One [..., o] a name.
+    """
+    if fused in weights:
+        bias = weights[fused.replace("proj", "bias")] if biased else None
+        sizes = [len(weights[name]) for name in names]
+        return linear(x, weights[fused], bias).split(sizes, dim=-1)
+    return [
+        linear(x, weights[name], weights[name.replace("proj", "bias")] if biased else None)
+        for name in names
+    ]
 
 
 def project_keys_values(
@@ -247,12 +300,61 @@ def project_keys_values(
     Returns:
         keys, values, each [b, k, n, e].
     """
-    keys = linear(normed, weights["k_proj"], weights["k_bias"] if config.attention_bias else None)
-    values = linear(normed, weights["v_proj"], weights["v_bias"] if config.attention_bias else None)
-    keys = split_heads(keys, config.num_key_value_heads)
+    names = ("k_proj", "v_proj")
+    keys, values = _products(normed, "kv_proj", names, weights, config.attention_bias)
+    keys = _turned_heads(keys, config.num_key_value_heads, "k_norm", rotation, weights, config)
+    return keys, split_heads(values, config.num_key_value_heads)
+
+
+def project_queries(
+    normed: Tensor, rotation: tuple[Tensor, Tensor], weights: Weights, config: BackboneConfig
+) -> Tensor:
+    """Queries (rotated) of slots: rotate(norm_q(W_q u + b_q)).
+
+    Args:
+        normed, rotation: as in `project_keys_values`.
+        weights: "q_proj", and as configured "q_bias", "q_norm".
+
+    Returns:
+        [b, h, n, e].
+    """
+    queries = linear(
+        normed, weights["q_proj"], weights["q_bias"] if config.attention_bias else None
+    )
+    heads = config.num_attention_heads
+    return _turned_heads(queries, heads, "q_norm", rotation, weights, config)
+
+
+def project_all(
+    normed: Tensor, rotation: tuple[Tensor, Tensor], weights: Weights, config: BackboneConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`project_queries` and `project_keys_values` of the same slots, one product where the weights
+    are joined.
+
+    Returns:
+        queries [b, h, n, e], keys and values, each [b, k, n, e].
+    """
+    names = ("q_proj", "k_proj", "v_proj")
+    queries, keys, values = _products(normed, "qkv_proj", names, weights, config.attention_bias)
+    h, k = config.num_attention_heads, config.num_key_value_heads
+    queries = _turned_heads(queries, h, "q_norm", rotation, weights, config)
+    keys = _turned_heads(keys, k, "k_norm", rotation, weights, config)
+    return queries, keys, split_heads(values, k)
+
+
+def _turned_heads(
+    x: Tensor,
+    num_heads: int,
+    norm: str,
+    rotation: tuple[Tensor, Tensor],
+    weights: Weights,
+    config: BackboneConfig,
+) -> Tensor:
+    """[b, n, heads * e] -> [b, heads, n, e], normed where configured, and rotated."""
+    heads = split_heads(x, num_heads)
     if config.qk_norm:
-        keys = rms_norm(keys, weights["k_norm"], config.rms_norm_eps)
-    return rotate(keys, rotation), split_heads(values, config.num_key_value_heads)
+        heads = rms_norm(heads, weights[norm], config.rms_norm_eps)
+    return rotate(heads, rotation)
 
 
 def project_memory(
@@ -284,6 +386,7 @@ def decoder_layer(
     weights: Weights,
     config: BackboneConfig,
     outputs: np.ndarray | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pre-norm decoder layer over new slots of a row. Twin of
     `reference.layers.decoder_layer`.
@@ -296,12 +399,16 @@ def decoder_layer(
         weights: one layer's tensors.
         outputs: [1, a] or [b, a] on the host, the new slots whose output is asked for; None is
             all. The others give a key and a value, and nothing more of them is computed.
+        mask: `causal_mask` of the new slots, where the caller has it.
 
     Returns:
         hidden [b, n or a, d], keys and values [b, k, p + n, e] of the row with the new slots.
     """
     normed = rms_norm(hidden, weights["input_layernorm"], config.rms_norm_eps)
-    new_keys, new_values = project_keys_values(normed, rotation, weights, config)
+    if outputs is None:
+        queries, new_keys, new_values = project_all(normed, rotation, weights, config)
+    else:
+        new_keys, new_values = project_keys_values(normed, rotation, weights, config)
     keys = append_slots(keys, new_keys, positions)
     values = append_slots(values, new_values, positions)
     if outputs is not None:
@@ -311,15 +418,9 @@ def decoder_layer(
             take_slots(t[None], outputs)[0] if positions.dim() == 1 else take_slots(t, outputs)
             for t in (positions, *rotation)
         )
-        rotation = (cos, sin)
-    queries = linear(
-        normed, weights["q_proj"], weights["q_bias"] if config.attention_bias else None
-    )
-    queries = split_heads(queries, config.num_attention_heads)
-    if config.qk_norm:
-        queries = rms_norm(queries, weights["q_norm"], config.rms_norm_eps)
-    queries = rotate(queries, rotation)
-    mixed = merge_heads(attention(queries, keys, values, positions))
+        rotation, mask = (cos, sin), None
+        queries = project_queries(normed, rotation, weights, config)
+    mixed = merge_heads(attention(queries, keys, values, positions, mask))
     hidden = hidden + linear(mixed, weights["o_proj"])
     normed = rms_norm(hidden, weights["post_attention_layernorm"], config.rms_norm_eps)
     return hidden + swiglu(normed, weights), keys, values

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from reference.config import CoMeTConfig
 
 from .layers import Weights, linear, rms_norm, widen
-from .parameters import ParameterTree, check_weights, initialize
+from .parameters import ParameterTree, check_weights, fuse, initialize, pack
 from .sampling import check_sampling, sample
 from .state import CoMeTState
 from .stream import Reading, close_chunk, columns, join, new_state, read
@@ -158,7 +158,7 @@ class CoMeTModel(nn.Module):
         Args:
             config: the model.
             weights: nested dict of tensors under the names of `reference.parameters.shapes`,
-                which the model takes over without a copy; None starts at random.
+                which the model takes over; None starts at random.
             seed: of the random start.
 
         Raises:
@@ -171,6 +171,17 @@ class CoMeTModel(nn.Module):
         else:
             check_weights(weights, config)
         self.weights = ParameterTree(weights)
+        pack(self.weights)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoMeTModel:
+        """`nn.Module`'s way to another device or dtype: each tensor alone, so pack them anew."""
+        super()._apply(fn, recurse)
+        pack(self.weights)
+        return self
+
+    def _params(self) -> Weights:
+        """The weights as a call reads them: fused, unless a gradient has to find each alone."""
+        return self.weights if torch.is_grad_enabled() else fuse(self.weights)
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +219,7 @@ class CoMeTModel(nn.Module):
             ValueError: the state belongs to another model.
         """
         state.check(self.config, state.batch_size, self.dtype, self.device)
-        return close_chunk(state, self.weights, self.config)
+        return close_chunk(state, self._params(), self.config)
 
     def forward(
         self,
@@ -259,7 +270,7 @@ class CoMeTModel(nn.Module):
         parts: list[Reading] = []
         last: Tensor | None = None
         loss = widen(self.weights["norm"]).new_zeros(())
-        params, config = self.weights, self.config
+        params, config = self._params(), self.config
         outputs = logits if targets is None else "all"
         for part in read(
             ids, state, params, config, chunk_sizes, True, backprop_chunks, sizes, outputs
@@ -324,10 +335,11 @@ class CoMeTModel(nn.Module):
         _check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = _check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
-        params, config, b = self.weights, self.config, len(ids)
+        config, b = self.config, len(ids)
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)
         with torch.no_grad():
+            params = self._params()
             last: Tensor | None = None
             for part in read(ids, state, params, config, lengths=sizes, outputs="last"):
                 last, state = part.last(last), part.state

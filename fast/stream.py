@@ -21,7 +21,14 @@ from reference.config import CoMeTConfig
 
 from .chunking import Layout, Round, lay_out_batch, plan_rounds
 from .global_memory import read_global, update_global
-from .layers import Weights, decoder_layer, project_memory, rotary_table, take_slots
+from .layers import (
+    Weights,
+    causal_mask,
+    decoder_layer,
+    project_memory,
+    rotary_table,
+    take_slots,
+)
 from .state import CoMeTState, fingerprint
 from .temporary_memory import update_temporary
 
@@ -220,6 +227,7 @@ def run_row(
             torch.from_numpy(new_entries.copy()).to(hidden.device),
         )
 
+    mask = causal_mask(positions, longest + n, hidden.dtype)
     states, queues, all_keys, all_values = [], [], [], []
     asked = None
     for i, weights in enumerate(params["layers"]):
@@ -228,7 +236,7 @@ def run_row(
         keys, values = (state.keys[i], state.values[i]) if state.keys else (empty, empty)
         keys, values = keys[:, :, :longest], values[:, :, :longest]
         hidden, keys, values = decoder_layer(
-            hidden, keys, values, positions, rotation, weights, backbone, asked
+            hidden, keys, values, positions, rotation, weights, backbone, asked, mask
         )
         all_keys.append(keys)
         all_values.append(values)

@@ -102,13 +102,13 @@ FAULTS = {
     ),
     "a slot sees the one behind it": (
         "layers.py",
-        "<= positions[..., None]",
-        "<= positions[..., None] + 1",
+        "> positions[..., None]",
+        "> positions[..., None] + 1",
         "test_layers",
     ),
     "the first chunk not causal": (
         "layers.py",
-        "is_causal=True",
+        "is_causal=mask is None",
         "is_causal=False",
         "test_causality",
     ),
@@ -160,6 +160,18 @@ FAULTS = {
         "parts.append(state.temporary_memory[i])",
         "parts.append(state.temporary_memory[i] * (state.temporary_memory[i].element_size() > 2))",
         "test_model",
+    ),
+    "the parts of a joined product swapped": (
+        "layers.py",
+        ".split(sizes, dim=-1)",
+        ".split(sizes[::-1], dim=-1)[::-1]",
+        "test_splitting",
+    ),
+    "weights joined that lie in another order": (
+        "parameters.py",
+        "part.storage_offset() == end",
+        "part.storage_offset() >= 0",
+        "test_parameters",
     ),
     "every layer sees the first one's global memory": (
         "stream.py",

@@ -11,14 +11,16 @@ from .assertions import arrays_of, assert_logits, assert_near, assert_same_strea
 from .strategies import VOCAB, cases, pieces, random_model, splits
 
 
-@given(cases(), st.data())
-def test_splitting_a_text_changes_nothing(case, data):
+@given(cases(), st.booleans(), st.data())
+def test_splitting_a_text_changes_nothing(case, gradient, data):
+    """Read for training, or for inference, which joins weights (`fast.parameters.fuse`)."""
     config, seed, ids = case
     model = random_model(config, seed)
     whole, end = spec.forward(ids, stream.new_state(config), arrays_of(model), config)
     state, found = None, []
     for piece in pieces(ids, data.draw(splits(len(ids)))):
-        out = model(torch.tensor([piece]), state=state)
+        with torch.set_grad_enabled(gradient):
+            out = model(torch.tensor([piece]), state=state)
         state = out.state
         found.append(out.logits)
     assert_logits(torch.cat(found, dim=1)[0], whole, config, "split")
