@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint thorough clean
+.PHONY: demo test bench lint thorough clean
 
 demo: $(READY)
 	$(BIN)/python -m fast demo
 
 test: $(READY)
 	$(BIN)/python -m pytest parity/ -n auto -q
+
+# QUICK=1: a few rows, in minutes; the page is left as it is.
+bench: $(READY)
+	$(BIN)/python -m fast bench $(if $(QUICK),--quick,--page docs/performance.md)
 
 thorough: $(READY)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest parity/ -n auto -q

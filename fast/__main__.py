@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .bench import report as bench_report
 from .tasks import passkey, passkey_report
 from .train.passkey import train as train_passkey
 
@@ -36,11 +37,15 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--haystack", help="a text file (default: the built-in text)")
     measure.add_argument("--out", type=Path, help="folder for results and pictures")
 
+    bench = commands.add_parser("bench", help="measure speed and memory, side by side")
+    bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
+    bench.add_argument("--quick", action="store_true", help="a few rows, in minutes")
+    bench.add_argument("--page", type=Path, help="a Markdown page to put tables and pictures into")
+
     train = commands.add_parser("train", help="train a model; goes on where it stopped")
     train.add_argument("task", choices=["passkey"])
     train.add_argument("--out", type=Path, default=Path("runs/passkey"), help="folder of the run")
     train.add_argument("--seed", type=int, default=0)
-
     train.add_argument("--threads", type=int, help="threads to compute with (default: all)")
     for command in (demo, measure):
         command.add_argument("--processes", type=int, help="processes of one thread each to share "
@@ -62,10 +67,18 @@ def main(arguments: list[str] | None = None) -> None:
         file = None if args.out is None else args.out / f"{args.variant}.json"
         results = passkey_report.collect(args.lengths, asked, file)
         print(f"\n{passkey_report.table(results, args.variant)}")
-        print(f"\n{passkey_report.machine(asked)}")
+        print(f"\n{passkey_report.footer(asked)}")
         if args.out is not None:
             for path in passkey_report.draw(results, args.variant, args.out):
                 print(f"wrote {path}")
+    elif args.command == "bench":
+        jobs = bench_report.QUICK if args.quick else bench_report.JOBS
+        timed = bench_report.run(args.out, jobs)
+        for section in bench_report.tables(timed).values():
+            print(f"\n{section}")
+        print(f"\n{bench_report.footer()}")
+        if args.page is not None:
+            bench_report.fill(args.page, timed)
     else:
         if args.threads is not None:
             torch.set_num_threads(args.threads)

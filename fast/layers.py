@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -165,22 +164,19 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def take_slots(x: Tensor, index: np.ndarray) -> Tensor:
+def take_slots(x: Tensor, index: Tensor) -> Tensor:
     """Some slots of every sequence, [b, n, ...] -> [b, a, ...].
 
     Args:
         x: [b, n] or [b, n, ...].
-        index: [1, a] on the host, the same slots in every sequence, or [b, a].
+        index: [1, a] int64, the same slots in every sequence, or [b, a].
 
     Returns:
         [b, a, ...], in the order of the index.
     """
-    chosen = torch.from_numpy(index).to(x.device)
     if len(index) == 1:
-        return x.index_select(1, chosen[0])
-    return x.gather(
-        1, chosen.view(*chosen.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-    )
+        return x.index_select(1, index[0])
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 def append_slots(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
@@ -385,7 +381,7 @@ def decoder_layer(
     rotation: tuple[Tensor, Tensor],
     weights: Weights,
     config: BackboneConfig,
-    outputs: np.ndarray | None = None,
+    outputs: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pre-norm decoder layer over new slots of a row. Twin of
@@ -397,8 +393,7 @@ def decoder_layer(
         positions: [n] or [b, n], see `append_slots`.
         rotation: (cos, sin) of those positions, see `rotary_table`.
         weights: one layer's tensors.
-        outputs: [1, a] or [b, a] on the host, the new slots whose output is asked for; None is
-            all. The others give a key and a value, and nothing more of them is computed.
+        outputs: [1, a] or [b, a] int64, the new slots whose output is asked for; None is all. The others give a key and a value, and nothing more of them is computed.
         mask: `causal_mask` of the new slots, where the caller has it.
 
     Returns:

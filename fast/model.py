@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
+from .allocator import keep_memory
 from .layers import Weights, linear, rms_norm, widen
 from .parameters import ParameterTree, check_weights, fuse, initialize, pack
 from .sampling import check_sampling, sample
@@ -165,6 +166,7 @@ class CoMeTModel(nn.Module):
             ValueError: weights that do not fit the config, or hold NaN or infinity.
         """
         super().__init__()
+        keep_memory()
         self.config = config
         if weights is None:
             weights = initialize(config, np.random.default_rng(seed))

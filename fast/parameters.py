@@ -110,14 +110,14 @@ def fuse(params: ParameterTree) -> dict[str, Any]:
             if whole is not None:
                 tensors[fused] = whole
         layers.append(tensors)
-    return {name: params[name] for name in params.names} | {"layers": layers}
+    return {str(name): params[name] for name in params.names} | {"layers": layers}
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
     """The tensor whose rows are the parts' rows, without a copy; None where they lie apart."""
     first, rows, end = parts[0].detach(), 0, parts[0].storage_offset()
     for part in parts:
-        together = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        together = part.untyped_storage() is first.untyped_storage()
         if not (together and part.is_contiguous() and part.storage_offset() == end):
             return None
         rows, end = rows + len(part), end + part.numel()

@@ -40,7 +40,9 @@ __all__ = [
     "join",
     "new_state",
     "open_chunk",
+    "place_slots",
     "read",
+    "run_layers",
     "run_row",
 ]
 
@@ -92,16 +94,25 @@ def _rotation(positions: Tensor, params: Weights, config: CoMeTConfig) -> tuple[
     return cos.to(table.device, dtype), sin.to(table.device, dtype)
 
 
-def _column(flags: np.ndarray, like: Tensor) -> Tensor:
-    """[b] host flags as a tensor that broadcasts against `like`."""
-    return torch.from_numpy(flags).to(like.device).view(-1, *[1] * (like.dim() - 1))
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    """A host array on a device."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
-def _choose(flags: np.ndarray, yes: Tensor, no: Tensor) -> Tensor:
-    """Per sequence one or the other; no copy where all are alike."""
-    if flags.all():
-        return yes
-    return torch.where(_column(flags, yes), yes, no) if flags.any() else no
+def _flags(flags: np.ndarray, device: torch.device) -> bool | Tensor:
+    """[b] host flags as one where all are alike, so that nothing is computed to be dropped, else
+    as a tensor [b, 1, 1].
+    """
+    if flags.all() or not flags.any():
+        return bool(flags.all())
+    return _on(device, flags)[:, None, None]
+
+
+def _choose(flags: bool | Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Per sequence one or the other, see `_flags`."""
+    if isinstance(flags, bool):
+        return yes if flags else no
+    return torch.where(flags.view(-1, *[1] * (yes.dim() - 1)), yes, no)
 
 
 def _grow(x: Tensor, slots: int) -> Tensor:
@@ -142,8 +153,9 @@ def open_chunk(
         k, v = project_memory(both, rotation, weights, backbone)
         if not opens.all():
             old = (state.keys[i], state.values[i]) if state.keys else (k, v)
-            k = _choose(opens, _grow(k, longest), _grow(old[0], longest))
-            v = _choose(opens, _grow(v, longest), _grow(old[1], longest))
+            chosen = _flags(opens, k.device)
+            k = _choose(chosen, _grow(k, longest), _grow(old[0], longest))
+            v = _choose(chosen, _grow(v, longest), _grow(old[1], longest))
         keys.append(k)
         values.append(v)
     return dataclasses.replace(
@@ -154,12 +166,110 @@ def open_chunk(
     )
 
 
-def embed(text: Tensor, layout: Layout, params: Weights, config: CoMeTConfig) -> Tensor:
+@dataclass(frozen=True)
+class Slots:
+    """A round's new slots on the device: all that its layers need beside tensors of the stream.
+
+    Indices are [1, ...] where all sequences are alike, else [b, ...], see `take_slots`.
+    """
+
+    source: Tensor
+    """[rows, n]: into [text tokens of the round | the compression token | readout tokens]."""
+
+    positions: Tensor
+    """[n] or [b, n] in the row."""
+
+    rotation: tuple[Tensor, Tensor]
+    """Rotary table of the positions."""
+
+    mask: Tensor | None
+    """`causal_mask` of the positions."""
+
+    places: tuple[Tensor, Tensor, Tensor]
+    """[rows, ...]: slots of the text tokens, the compression tokens, the readout tokens."""
+
+    asked: Tensor | None
+    """[rows, a]: slots whose output the top layer computes; None is all."""
+
+    top_places: tuple[Tensor, Tensor, Tensor]
+    """`places` in what the top layer computes."""
+
+    counts: tuple[Tensor, Tensor] | None
+    """Entries in each queue and new ones, [b] each, where sequences differ; see
+    `update_temporary`."""
+
+    later: bool | Tensor
+    """Whose chunk is not its stream's first, see `_flags`."""
+
+    closes: bool | Tensor
+    """Whose chunk closes."""
+
+
+def place_slots(
+    state: CoMeTState, params: Weights, config: CoMeTConfig, plan: Round, outputs: str
+) -> tuple[Slots, Layout]:
+    """Lay a round out and put it on the device.
+
+    Args:
+        state: where the streams stand.
+        plan: what each sequence reads, and whether its chunk closes.
+        outputs: see `run_row`.
+
+    Returns:
+        The slots, and the layout on the host.
+    """
+    facts = np.stack([state.row_length, state.open_tokens, state.queue_length, plan.take])
+    later = state.chunks > 0
+    alike = bool(
+        (facts == facts[:, :1]).all()
+        and (plan.close == plan.close[0]).all()
+        and (later == later[0]).all()
+    )
+    rows = slice(0, 1) if alike else slice(None)
+    layout = lay_out_batch(
+        state.open_tokens[rows], plan.take[rows], plan.close[rows], config.memory
+    )
+    device, dtype = params["norm"].device, params["norm"].dtype
+    n = layout.source.shape[1]
+    # [n] or [b, n]. Padding goes behind a row's own slots: no slot before it sees it, and the next
+    # round writes over it.
+    at = np.arange(n) + (state.row_length[0] if alike else state.row_length[:, None])
+    positions = _on(device, at)
+    asked, top = None, layout
+    if outputs != "all":
+        asked, top = layout.trim(plan.take[rows], outputs, bool(plan.close.any()))
+    counts = None
+    if not alike:
+        counts = _on(device, state.queue_length), _on(device, layout.compression_count)
+    slots = Slots(
+        source=_on(device, layout.source),
+        positions=positions,
+        rotation=_rotation(torch.from_numpy(at), params, config),
+        mask=causal_mask(positions, int(state.row_length.max()) + n, dtype),
+        places=_places(device, layout),
+        asked=None if asked is None else _on(device, asked),
+        top_places=_places(device, top),
+        counts=counts,
+        later=_flags(later, device),
+        closes=_flags(plan.close, device),
+    )
+    return slots, layout
+
+
+def _places(device: torch.device, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _on(device, layout.text),
+        _on(device, layout.compression),
+        _on(device, layout.readout),
+    )
+
+
+def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
     """Embeddings of a round's slots.
 
     Args:
         text: [b, take] ids, the text tokens of the round.
-        layout: what each row adds, as indices into text, compression and readout tokens.
+        source: [rows, n], see `Slots`.
 
     Returns:
         [b, n, d].
@@ -172,7 +282,86 @@ def embed(text: Tensor, layout: Layout, params: Weights, config: CoMeTConfig) ->
         parts.append(table.new_zeros(len(text), 1, table.shape[1]))
     if config.memory.has_global:
         parts.append(params["readout_embeddings"].expand(len(text), -1, -1))
-    return take_slots(torch.cat(parts, dim=1), layout.source)
+    return take_slots(torch.cat(parts, dim=1), source)
+
+
+Tensors = tuple[Tensor, ...]
+
+
+def run_layers(
+    text: Tensor,
+    slots: Slots,
+    keys: Tensors,
+    values: Tensors,
+    global_state: Tensors,
+    queue: Tensors,
+    params: Weights,
+    config: CoMeTConfig,
+) -> tuple[Tensor, Tensors, Tensors, Tensors, Tensors]:
+    """A round's new slots up the layers, the memories updated on the way: tensors in, tensors out.
+
+    Nothing here asks a tensor for its value, and nothing depends on one: it can be compiled whole.
+
+    Args:
+        text: [b, widest] ids.
+        slots: what `place_slots` made of the round.
+        keys, values: per layer [b, k, p, e], the rows so far.
+        global_state, queue: per layer, as in the state; empty where there is no such memory.
+
+    Returns:
+        [b, w, d], see `run_row`; then keys, values, global state and queues behind the round.
+    """
+    memory, backbone = config.memory, config.backbone
+    hidden = embed(text, slots.source, params, config)  # [b, n, d]
+    all_keys, all_values, states, queues = [], [], [], []
+    asked, places = None, slots.places
+    for i, weights in enumerate(params["layers"]):
+        if i == backbone.num_hidden_layers - 1:
+            asked, places = slots.asked, slots.top_places
+        _, compression, readout = places
+        hidden, row_keys, row_values = decoder_layer(
+            hidden,
+            keys[i],
+            values[i],
+            slots.positions,
+            slots.rotation,
+            weights,
+            backbone,
+            asked,
+            slots.mask,
+        )
+        all_keys.append(row_keys)
+        all_values.append(row_values)
+        if memory.has_temporary:
+            entries = queue[i]
+            if compression.numel():
+                entries = update_temporary(
+                    entries,
+                    take_slots(hidden, compression),
+                    weights["temporary_memory"],
+                    memory,
+                    slots.counts,
+                )
+            queues.append(entries)
+        if memory.has_global:
+            old, net = global_state[i], weights["global_memory"]
+            if slots.closes is not False:
+                made = take_slots(hidden, readout)
+                new = old
+                if slots.later is not False:
+                    new = update_global(old, made, net, memory)
+                if slots.later is not True:
+                    new = _choose(slots.later, new, update_global(None, made, net, memory))
+                old = _choose(slots.closes, new, old)
+            states.append(old)
+    text_places = places[0]
+    return (
+        take_slots(hidden, text_places),
+        tuple(all_keys),
+        tuple(all_values),
+        tuple(states),
+        tuple(queues),
+    )
 
 
 def run_row(
@@ -200,84 +389,36 @@ def run_row(
         value), w being widest for "all", 1 for "last", 0 for "none"; the state behind the round.
     """
     memory, backbone = config.memory, config.backbone
-    facts = np.stack([state.row_length, state.open_tokens, state.queue_length, plan.take])
-    later = state.chunks > 0
-    alike = bool(
-        (facts == facts[:, :1]).all()
-        and (plan.close == plan.close[0]).all()
-        and (later == later[0]).all()
-    )
-    rows = slice(0, 1) if alike else slice(None)
-    layout = lay_out_batch(state.open_tokens[rows], plan.take[rows], plan.close[rows], memory)
-    hidden = embed(text, layout, params, config)  # [b, n, d]
-    b, n, _ = hidden.shape
-    empty = hidden.new_zeros(b, backbone.num_key_value_heads, 0, backbone.head_dim)
+    b, layers = state.batch_size, backbone.num_hidden_layers
+    slots, layout = place_slots(state, params, config, plan, outputs)
+    keys, values, queue = state.keys, state.values, state.temporary_memory
+    if not keys:
+        empty = params["norm"].new_zeros(b, backbone.num_key_value_heads, 0, backbone.head_dim)
+        keys = values = (empty,) * layers
     longest = int(state.row_length.max())
-
-    # [n] or [b, n]. Padding goes behind a row's own slots: no slot before it sees it, and the next
-    # round writes over it.
-    at = np.arange(n) + (state.row_length[0] if alike else state.row_length[:, None])
-    rotation = _rotation(torch.from_numpy(at), params, config)
-    positions = torch.from_numpy(at).to(hidden.device)
-    new_entries = np.broadcast_to(layout.compression_count, (b,))
-    counts = None
-    if not alike:
-        counts = (
-            torch.from_numpy(state.queue_length).to(hidden.device),
-            torch.from_numpy(new_entries.copy()).to(hidden.device),
-        )
-
-    mask = causal_mask(positions, longest + n, hidden.dtype)
-    states, queues, all_keys, all_values = [], [], [], []
-    asked = None
-    for i, weights in enumerate(params["layers"]):
-        if outputs != "all" and i == backbone.num_hidden_layers - 1:
-            asked, layout = layout.trim(plan.take[rows], outputs, bool(plan.close.any()))
-        keys, values = (state.keys[i], state.values[i]) if state.keys else (empty, empty)
-        keys, values = keys[:, :, :longest], values[:, :, :longest]
-        hidden, keys, values = decoder_layer(
-            hidden, keys, values, positions, rotation, weights, backbone, asked, mask
-        )
-        all_keys.append(keys)
-        all_values.append(values)
-        if memory.has_temporary:
-            queue = state.temporary_memory[i]
-            if layout.compression.size:
-                compression = take_slots(hidden, layout.compression)
-                queue = queue[:, : int(state.queue_length[0])] if alike else queue
-                queue = update_temporary(
-                    queue, compression, weights["temporary_memory"], memory, counts
-                )
-            queues.append(queue)
-        if memory.has_global:
-            old = state.global_state[i]
-            if plan.close.any():
-                readout = take_slots(hidden, layout.readout)
-                net = weights["global_memory"]
-                new = old
-                if later.any():
-                    new = update_global(old, readout, net, memory)
-                if not later.all():
-                    new = _choose(later, new, update_global(None, readout, net, memory))
-                old = _choose(plan.close, new, old)
-            states.append(old)
-
+    keys, values = (tuple(t[:, :, :longest] for t in part) for part in (keys, values))
+    if slots.counts is None:
+        queue = tuple(t[:, : int(state.queue_length[0])] for t in queue)
+    hidden, keys, values, states, queue = run_layers(
+        text, slots, keys, values, state.global_state, queue, params, config
+    )
     row_length = np.where(plan.close, 0, state.row_length + layout.count)
     longest = int(row_length.max())
     queue_length = state.queue_length
     if memory.has_temporary:
+        new_entries = np.broadcast_to(layout.compression_count, (b,))
         queue_length = np.minimum(queue_length + new_entries, memory.temporary_memory_size)
-    return take_slots(hidden, layout.text), dataclasses.replace(
+    return hidden, dataclasses.replace(
         state,
         tokens=state.tokens + plan.take,
         chunks=state.chunks + plan.close,
         open_tokens=np.where(plan.close, 0, state.open_tokens + plan.take),
         row_length=row_length,
         queue_length=queue_length,
-        global_state=tuple(states),
-        temporary_memory=tuple(queues),
-        keys=tuple(k[:, :, :longest] for k in all_keys) if longest else (),
-        values=tuple(v[:, :, :longest] for v in all_values) if longest else (),
+        global_state=states,
+        temporary_memory=queue,
+        keys=tuple(k[:, :, :longest] for k in keys) if longest else (),
+        values=tuple(v[:, :, :longest] for v in values) if longest else (),
     )
 
 
@@ -302,7 +443,7 @@ def columns(x: Tensor, start: np.ndarray, take: np.ndarray, fill: int) -> Tensor
     offset = np.arange(int(take.max()))
     padding = torch.from_numpy(offset >= take[:, None]).to(x.device)
     index = np.minimum(start[:, None] + offset, x.shape[1] - 1)
-    return take_slots(x, index).masked_fill(padding, fill)
+    return take_slots(x, _on(x.device, index)).masked_fill(padding, fill)
 
 
 @dataclass(frozen=True)
@@ -333,8 +474,10 @@ class Reading:
         if not width:
             return before
         column = np.clip(self.take - 1, 0, width - 1)[: 1 if self.alike else None, None]
-        newest = take_slots(self.hidden, column)[:, 0]
-        return newest if before is None else _choose(self.take > 0, newest, before)
+        newest = take_slots(self.hidden, _on(self.hidden.device, column))[:, 0]
+        if before is None:
+            return newest
+        return _choose(_flags(self.take > 0, newest.device), newest, before)
 
 
 def join(parts: Sequence[Reading], n: int) -> Tensor:
@@ -349,7 +492,7 @@ def join(parts: Sequence[Reading], n: int) -> Tensor:
             column[row, start : start + take] = offset + np.arange(take)
             real[row, start : start + take] = True
         offset += part.hidden.shape[1]
-    return take_slots(both, column) * torch.from_numpy(real).to(device)[..., None]
+    return take_slots(both, _on(device, column)) * _on(device, real)[..., None]
 
 
 def read(
@@ -396,7 +539,9 @@ def read(
 
 def _detach_rows(state: CoMeTState, rows: np.ndarray) -> CoMeTState:
     """The state through which no gradient flows back for some sequences."""
-    return state.map_tensors(lambda t: _choose(rows, t.detach(), t)) if rows.any() else state
+    if not rows.any():
+        return state
+    return state.map_tensors(lambda t: _choose(_flags(rows, t.device), t.detach(), t))
 
 
 def close_chunk(state: CoMeTState, params: Weights, config: CoMeTConfig) -> CoMeTState:

@@ -121,14 +121,14 @@ FAULTS = {
     "another activation": ("layers.py", "F.silu(", "F.gelu(", "test_layers"),
     "positions not restarted in a chunk": (
         "stream.py",
-        "(state.row_length[0] if alike",
-        "(state.tokens[0] if alike",
+        "at = np.arange(n) + (state.row_length[0]",
+        "at = np.arange(n) + (state.tokens[0]",
         "test_stream",
     ),
     "positions not counting memory slots": (
         "stream.py",
-        "(state.row_length[0] if alike",
-        "(state.open_tokens[0] if alike",
+        "at = np.arange(n) + (state.row_length[0]",
+        "at = np.arange(n) + (state.open_tokens[0]",
         "test_stream",
     ),
     "memory slots at positions of their own": (
@@ -217,8 +217,8 @@ FAULTS = {
     ),
     "ragged padding leaking into the queue": (
         "stream.py",
-        "new_entries = np.broadcast_to(layout.compression_count, (b,))",
-        "new_entries = np.full(b, layout.compression.shape[1])",
+        "_on(device, layout.compression_count)",
+        "_on(device, 0 * layout.compression_count + layout.compression.shape[1])",
         "test_batches",
     ),
     "ragged rows at the first one's positions": (
@@ -229,7 +229,7 @@ FAULTS = {
     ),
     "a sequence that goes on gets another's closing": (
         "stream.py",
-        "old = _choose(plan.close, new, old)",
+        "old = _choose(slots.closes, new, old)",
         "old = new",
         "test_batches",
     ),
@@ -247,8 +247,8 @@ FAULTS = {
     ),
     "backpropagation not cut": (
         "stream.py",
-        "_choose(rows, t.detach(), t)",
-        "_choose(rows, t, t)",
+        "_choose(_flags(rows, t.device), t.detach(), t)",
+        "_choose(_flags(rows, t.device), t, t)",
         "test_gradients",
     ),
     "no gradient into the old state": (

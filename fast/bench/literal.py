@@ -16,19 +16,29 @@ from reference.config import CoMeTConfig
 from ..chunking import lay_out_batch
 from ..global_memory import read_global, update_global
 from ..layers import Weights, decoder_layer, rotary_table, take_slots
+from ..state import CoMeTState
 from ..stream import embed
 from ..temporary_memory import update_temporary
 
 __all__ = ["read_literal"]
 
 
-def read_literal(ids: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
-    """Read whole texts of one length, from the start.
+def read_literal(
+    ids: Tensor,
+    params: Weights,
+    config: CoMeTConfig,
+    state: CoMeTState | None = None,
+    close_last: bool = False,
+) -> Tensor:
+    """Read whole texts of one length.
 
     Args:
         ids: [b, n] token ids, n >= 1.
         params: a model's weights.
         config: the model.
+        state: memories to start from, those of streams that are alike and have no open chunk;
+            None starts without.
+        close_last: whether the last chunk closes too.
 
     Returns:
         [b, n, d], the top layer's output at the text tokens.
@@ -38,17 +48,20 @@ def read_literal(ids: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
     start = ids.new_zeros((len(ids), 0, backbone.hidden_size), dtype=params["norm"].dtype)
     states: list[Tensor | None] = [None for _ in layers]
     queues = [start for _ in layers]
+    if state is not None:
+        states = list(state.global_state) or states
+        queues = list(state.temporary_memory) or queues
     none = start.new_zeros(len(ids), backbone.num_key_value_heads, 0, backbone.head_dim)
     pieces = ids.split(memory.chunk_size, dim=1)
     outputs = []
     for number, text in enumerate(pieces):
-        closes = number + 1 < len(pieces)  # the last chunk stays open
+        closes = close_last or number + 1 < len(pieces)
         take = np.array([text.shape[1]])
         layout = lay_out_batch(np.zeros(1, dtype=np.int64), take, np.array([closes]), memory)
-        hidden = embed(text, layout, params, config)
+        hidden = embed(text, torch.from_numpy(layout.source).to(ids.device), params, config)
         for i, weights in enumerate(layers):
-            state = states[i]
-            seen = [] if state is None else [read_global(state, weights["global_memory"])]
+            old = states[i]
+            seen = [] if old is None else [read_global(old, weights["global_memory"])]
             row = torch.cat([*seen, queues[i], hidden], dim=1)  # [b, m + q + n, d]
             slots = row.shape[1] - hidden.shape[1]
             positions = torch.arange(row.shape[1])
@@ -58,11 +71,11 @@ def read_literal(ids: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
             row, _, _ = decoder_layer(row, none, none, positions, rotation, weights, backbone)
             hidden = row[:, slots:]
             if layout.compression.size:
-                entries = take_slots(hidden, layout.compression)
+                entries = take_slots(hidden, torch.from_numpy(layout.compression).to(ids.device))
                 net = weights["temporary_memory"]
                 queues[i] = update_temporary(queues[i], entries, net, memory)
             if memory.has_global and closes:
-                readout = take_slots(hidden, layout.readout)
-                states[i] = update_global(state, readout, weights["global_memory"], memory)
-        outputs.append(take_slots(hidden, layout.text))
+                readout = take_slots(hidden, torch.from_numpy(layout.readout).to(ids.device))
+                states[i] = update_global(old, readout, weights["global_memory"], memory)
+        outputs.append(take_slots(hidden, torch.from_numpy(layout.text).to(ids.device)))
     return torch.cat(outputs, dim=1)

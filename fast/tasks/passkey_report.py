@@ -6,9 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..files import atomic_write
+from ..machine import machine, peak_memory
 from ..model import CoMeTModel
 from . import passkey
 
@@ -31,11 +29,10 @@ __all__ = [
     "collect",
     "demo",
     "draw",
+    "footer",
     "join_parts",
     "lower_bound",
-    "machine",
     "measure",
-    "peak_memory",
     "save",
     "table",
 ]
@@ -158,16 +155,6 @@ def lower_bound(right: int, trials: int, confidence: float = 0.95) -> float:
     return low
 
 
-def peak_memory() -> int:
-    """Largest resident set that this process has had, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: ru_maxrss would start at the parent's
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 _all_loaded: Barrier
 """Where the processes of a length wait until all have loaded the model."""
 
@@ -237,17 +224,9 @@ def measure(lengths: Sequence[int], asked: Asked) -> Iterator[Measured]:
         yield join_parts(parts, length, asked.keys)
 
 
-def machine(asked: Asked) -> str:
-    """Processor, processes and versions, for the foot of a table."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].partition(":")[2].strip() if names else name
-    return (
-        f"{name}, {asked.shares} processes of one thread, Python {platform.python_version()}, "
-        f"torch {torch.__version__}"
-    )
+def footer(asked: Asked) -> str:
+    """Machine, processes and versions, for the foot of a table."""
+    return machine(f"{asked.shares} processes of one thread")
 
 
 def table(results: Sequence[Measured], variant: str) -> str:
@@ -268,7 +247,7 @@ def table(results: Sequence[Measured], variant: str) -> str:
 def save(results: Sequence[Measured], asked: Asked, path: Path) -> None:
     """Write results, what was asked, and the machine, as JSON."""
     data = {
-        "machine": machine(asked),
+        "machine": footer(asked),
         "asked": asdict(asked),
         "results": [asdict(r) for r in results],
     }
@@ -357,7 +336,7 @@ def demo(folder: Path, lengths: Sequence[int] = LENGTHS, processes: int | None =
         print(f"{depth:>5.0%} " + "".join(f"{mark:>11}" for mark in marks))
     print()
     print(table(results, asked.variant))
-    print(f"\n{machine(asked)}")
+    print(f"\n{footer(asked)}")
     for path in draw(results, asked.variant, folder):
         print(f"wrote {path}")
     right, trials = sum(r.right for r in results), sum(r.trials for r in results)

@@ -1,0 +1,293 @@
+"""The bench: every measurement of `speed`, as JSON, and as the tables and pictures of a page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..files import atomic_write
+from ..machine import machine
+from . import speed
+from .speed import Case, Timed
+
+__all__ = ["JOBS", "QUICK", "Job", "draw", "fill", "fit", "footer", "run", "tables"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement, in a process of its own."""
+
+    section: str
+    """Part of the page: "prefill", "length", "decoding", "training" or "memory"."""
+
+    case: Case
+    """What is measured."""
+
+    more: tuple[Any, ...]
+    """Further arguments of the section's function in `speed`."""
+
+
+MEASURES: dict[str, Callable[..., Any]] = {
+    "prefill": speed.measure_prefill,
+    "length": speed.measure_lengths,
+    "decoding": speed.measure_decoding,
+    "training": speed.measure_training,
+    "memory": speed.measure_memory,
+}
+
+JOBS = (
+    *(
+        Job("prefill", Case(backbone, memory, kept=kept, rounds=rounds), (chunks,))
+        for backbone, memory, chunks, rounds in (
+            ("small", "128/8/16", 64, 9),
+            ("5M", "256/32/128", 16, 7),
+            ("5M", "128/8/16", 32, 7),
+            ("5M", "2048/512/2048", 2, 5),
+            ("135M", "128/8/16", 4, 5),
+            ("135M", "512/64/256", 1, 5),
+            ("135M", "2048/512/2048", 1, 3),
+        )
+        for kept in (True, False)
+    ),
+    Job("prefill", Case("small", "128/8/16", batch_size=6, rounds=9), (16,)),
+    Job("length", Case("small", "128/8/16", rounds=3), ([2**i for i in range(10, 15)],)),
+    Job("length", Case("5M", "256/32/128", rounds=3), ([2**i for i in range(10, 15)],)),
+    Job("length", Case("135M", "512/64/256", rounds=2), ([1024, 2048, 4096, 8192],)),
+    Job("decoding", Case("small", "128/8/16", rounds=5), ([1024, 4096, 16384], 64)),
+    Job("decoding", Case("135M", "512/64/256", rounds=3), ([1024, 4096], 16)),
+    Job("training", Case("small", "128/8/16", batch_size=8), (4,)),
+    Job("training", Case("5M", "256/32/128"), (4,)),
+    *(
+        Job("memory", Case("small", "128/8/16"), (length,))
+        for length in (10_000, 100_000, 1_000_000)
+    ),
+)
+"""The whole bench."""
+
+QUICK = (
+    Job("prefill", Case("small", "128/8/16"), (32,)),
+    Job("prefill", Case("135M", "512/64/256", rounds=3), (1,)),
+    Job("length", Case("small", "128/8/16", rounds=3), ([1024, 4096],)),
+    Job("decoding", Case("small", "128/8/16", rounds=3), ([1024, 4096], 32)),
+    Job("training", Case("small", "128/8/16", rounds=3), (2,)),
+    *(Job("memory", Case("small", "128/8/16"), (length,)) for length in (10_000, 100_000)),
+)
+"""A few of its rows, in minutes."""
+
+
+def run(folder: Path, jobs: Sequence[Job] = JOBS) -> list[dict[str, Any]]:
+    """Measure, one job after another.
+
+    Args:
+        folder: gets `bench.json`, all results so far, after each job.
+        jobs: what to measure.
+
+    Returns:
+        Per job: "section", "case", "more" and "result".
+    """
+    results: list[dict[str, Any]] = []
+    for job in tqdm(jobs, unit="job"):
+        result = speed.in_its_own_process(MEASURES[job.section], job.case, *job.more)
+        results.append(asdict(job) | {"result": result})
+        data = {"machine": footer(), "results": results}
+        atomic_write(folder / "bench.json", json.dumps(data, indent=1) + "\n")
+    return json.loads(json.dumps(results))  # as a reader of the file sees them
+
+
+def footer() -> str:
+    """Machine, threads and versions."""
+    return machine(f"{Case('small', '128/8/16').threads} threads")
+
+
+def fit(lengths: Sequence[float], seconds: Sequence[float], powers: Sequence[int]) -> list[float]:
+    """Factors of the powers of a length that come nearest to the seconds, none below zero.
+
+    Each length counts alike: it is the relative error whose squares are least. A factor that would
+    be negative is left out, and the others are fitted again.
+
+    Returns:
+        One factor a power.
+    """
+    left = list(powers)
+    while True:
+        columns = np.array(
+            [[n**p / s for p in left] for n, s in zip(lengths, seconds, strict=True)]
+        )
+        factors = np.linalg.lstsq(columns, np.ones(len(lengths)), rcond=None)[0]
+        if (factors >= 0).all():
+            found = dict(zip(left, factors.tolist(), strict=True))
+            return [found.get(p, 0.0) for p in powers]
+        left.pop(int(factors.argmin()))
+
+
+def _name(result: dict[str, Any]) -> str:
+    case = result["case"]
+    batch = f", {case['batch_size']} texts" if case["batch_size"] > 1 else ""
+    return f"{case['backbone']} | {case['memory']}{batch}"
+
+
+def _of(results: Sequence[dict[str, Any]], section: str) -> list[dict[str, Any]]:
+    return [result for result in results if result["section"] == section]
+
+
+def _table(head: str, rows: Sequence[str]) -> str:
+    columns = head.count("|") + 1
+    lines = [f"| {head} |", "| --- | --- |" + " ---: |" * (columns - 2)]
+    return "\n".join([*lines, *(f"| {row} |" for row in rows)])
+
+
+def _prefill(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        data, timed = r["result"], Timed(r["result"]["seconds"])
+        ours, literal = timed.median("ours"), timed.median("literal")
+        others = (timed.median("ours, weights apart"), timed.median("ours, all of the top layer"))
+        rows.append(
+            f"{_name(r)} | {'kept' if r['case']['kept'] else 'default'} | "
+            f"{data['tokens'] / ours:,.0f} ± {timed.spread('ours'):.0%} | "
+            f"{data['tokens'] / literal:,.0f} ± {timed.spread('literal'):.0%} | "
+            f"**{literal / ours:.2f}** | "
+            + " | ".join(f"{other / ours:.2f}" for other in others)
+            + f" | {data['work'] / ours / data['peak']:.0%} of {data['peak'] / 1e9:,.0f}"
+        )
+    head = (
+        "model | chunk/m/B | memory | ours, tokens/s | literal, tokens/s | ours is faster by | "
+        "joined weights | trimmed top | GFLOP/s, of the peak"
+    )
+    return _table(head, rows)
+
+
+FAR = (131_072, 1_048_576)
+"""Lengths that full attention is not measured at, but fitted."""
+
+
+def _lengths(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        times = {int(n): Timed(seconds) for n, seconds in r["result"].items()}
+        for n, timed in times.items():
+            ours, full = timed.median("ours"), timed.median("full attention")
+            rows.append(
+                f"{_name(r)} | {n:,} | {n / ours:,.0f} | {n / full:,.0f} | {full / ours:.2f}"
+            )
+        if len(times) > 3:
+            own = fit(list(times), [t.median("ours") for t in times.values()], [1])[0]
+            all_full = [t.median("full attention") for t in times.values()]
+            linear, square = fit(list(times), all_full, [1, 2])
+            for n in FAR:
+                full = linear * n + square * n * n
+                rows.append(
+                    f"{_name(r)} | {n:,} (fitted) | {1 / own:,.0f} | {n / full:,.0f} | "
+                    f"{full / own / n:.1f}"
+                )
+    head = "model | chunk/m/B | tokens | ours, tokens/s | full attention, tokens/s | faster by"
+    return _table(head, rows)
+
+
+def _decoding(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        for n, seconds in r["result"].items():
+            timed = Timed(seconds)
+            ours, full = timed.median("ours"), timed.median("full attention")
+            rows.append(f"{_name(r)} | {int(n):,} | {1e3 * ours:.2f} | {1e3 * full:.2f}")
+    return _table("model | chunk/m/B | text behind | ours, ms | full attention, ms", rows)
+
+
+def _training(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        timed, (chunks,) = Timed(r["result"]), r["more"]
+        chunk = speed.MEMORIES[r["case"]["memory"]].chunk_size
+        tokens = r["case"]["batch_size"] * chunks * chunk
+        ours, literal = timed.median("ours"), timed.median("literal")
+        rows.append(
+            f"{_name(r)} | {tokens / ours:,.0f} | {tokens / literal:,.0f} | {literal / ours:.2f}"
+        )
+    return _table("model | chunk/m/B | ours, tokens/s | literal, tokens/s | faster by", rows)
+
+
+def _memory(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        data, (length, *_) = r["result"], r["more"]
+        growth = data["peak"] / results[0]["result"]["peak"] - 1
+        rows.append(
+            f"{_name(r)} | {length:,} | {data['peak'] / 1e6:.1f} | {growth:+.2%} | "
+            f"{data['state']:,.0f} | {length / data['seconds']:,.0f}"
+        )
+    head = (
+        "model | chunk/m/B | tokens | peak memory, MB | against the first | state, bytes | tokens/s"
+    )
+    return _table(head, rows)
+
+
+TABLES = {
+    "prefill": _prefill,
+    "length": _lengths,
+    "decoding": _decoding,
+    "training": _training,
+    "memory": _memory,
+}
+
+
+def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A Markdown table for each section that was measured."""
+    return {name: make(_of(results, name)) for name, make in TABLES.items() if _of(results, name)}
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds against length: ours and full attention, a panel for each model.
+
+    Args:
+        results: of `run`; those of the section "length" are drawn.
+        path: an SVG file.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = _of(results, "length")
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(3.4 * len(found), 3), layout="constrained", squeeze=False
+    )
+    for axes, r in zip(panels[0], found, strict=True):
+        times = {int(n): Timed(seconds) for n, seconds in r["result"].items()}
+        for name, style in (("ours", "o-"), ("full attention", "s--")):
+            axes.loglog(list(times), [t.median(name) for t in times.values()], style, label=name)
+        axes.set(xlabel="tokens", title=_name(r).replace(" | ", ", "))
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("seconds")
+    panels[0][0].legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def fill(page: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Put the tables into a page, between `<!-- SECTION -->` and `<!-- end -->`, in place of what
+    is there, and the picture beside it, as `images/lengths.svg`.
+
+    Args:
+        page: a Markdown file.
+        results: of `run`.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, part in {**tables(results), "machine": footer()}.items():
+        place = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
+        if len(place.findall(text)) != 1:
+            raise ValueError(f"{page} needs <!-- {name} --> and then <!-- end -->, once.")
+        filled = f"<!-- {name} -->\n{part}\n<!-- end -->"
+        text = place.sub(filled.replace("\\", r"\\"), text)
+    draw(results, page.parent / "images" / "lengths.svg")
+    atomic_write(page, text)

@@ -1,0 +1,397 @@
+"""Speed and memory, side by side: ours, the literal schedule, full attention.
+
+A case is a model's size, a memory setting and an allocator, in a process of its own. Its contestants
+take turns, each timed once a round, so that a busy moment of the machine meets all of them; medians
+are compared. Before that, those that say the same are held to the same result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
+
+from ..allocator import KEEP_VARIABLE
+from ..chunking import Round
+from ..layers import Weights
+from ..machine import peak_memory
+from ..model import CoMeTModel
+from ..parameters import fuse
+from ..state import CoMeTState
+from ..stream import new_state, open_chunk, run_row
+from .literal import read_literal
+
+__all__ = [
+    "BACKBONES",
+    "MEMORIES",
+    "Case",
+    "Timed",
+    "chunk_work",
+    "in_its_own_process",
+    "matmul_peak",
+    "measure_decoding",
+    "measure_lengths",
+    "measure_memory",
+    "measure_prefill",
+    "measure_training",
+    "take_turns",
+]
+
+BACKBONES = {
+    "small": BackboneConfig(256, 64, 192, 3, 4, 4, 16),
+    "5M": BackboneConfig(512, 256, 768, 6, 4, 4, 64),
+    "135M": BackboneConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True),
+}
+"""Sizes: the shipped model's, one between, and SmolLM2-135M's."""
+
+MEMORIES = {
+    "128/8/16": MemoryConfig(128, 8, 16, 8),
+    "256/32/128": MemoryConfig(256, 32, 128, 8),
+    "512/64/256": MemoryConfig(512, 64, 256, 8),
+    "2048/512/2048": MemoryConfig(2048, 512, 2048, 8),
+}
+"""Settings: chunk size / global slots m / queue B, stride 8. The last is the published one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured in one process."""
+
+    backbone: str
+    """One of `BACKBONES`."""
+
+    memory: str
+    """One of `MEMORIES`."""
+
+    kept: bool = True
+    """Whether the process keeps the memory that it frees (`fast.allocator`), as users' do."""
+
+    threads: int = 2
+    """Of torch."""
+
+    batch_size: int = 1
+    """Texts read side by side."""
+
+    rounds: int = 5
+    """How often each contestant is timed."""
+
+    @property
+    def config(self) -> CoMeTConfig:
+        """The model."""
+        return CoMeTConfig(BACKBONES[self.backbone], MEMORIES[self.memory])
+
+    @property
+    def plain(self) -> CoMeTConfig:
+        """The same backbone without memories, whose one chunk never closes: full attention."""
+        memory = dataclasses.replace(
+            MEMORIES[self.memory], chunk_size=2**40, global_memory_size=0, compression_stride=0
+        )
+        return CoMeTConfig(BACKBONES[self.backbone], memory)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of every contestant, one for each of its turns."""
+
+    seconds: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Seconds, the middle one."""
+        return statistics.median(self.seconds[name])
+
+    def spread(self, name: str) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        if len(self.seconds[name]) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds[name], n=4, method="inclusive")
+        return (high - low) / 2 / self.median(name)
+
+
+def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> Timed:
+    """Time each contestant once a round, after one turn that does not count.
+
+    Args:
+        contestants: what to time, by name.
+        rounds: turns of each.
+
+    Returns:
+        All their seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return Timed(seconds)
+
+
+def in_its_own_process(function: Callable[..., object], case: Case, *more: object) -> object:
+    """What `function(case, *more)` returns, in a new process with the case's allocator and threads.
+
+    Raises:
+        BrokenProcessPool: the process was killed, for want of memory perhaps.
+    """
+    before = os.environ.get(KEEP_VARIABLE)
+    os.environ[KEEP_VARIABLE] = "1" if case.kept else "0"
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, torch.set_num_threads, (case.threads,)) as pool:
+            return pool.submit(function, case, *more).result()
+    finally:
+        if before is None:
+            del os.environ[KEEP_VARIABLE]
+        else:
+            os.environ[KEEP_VARIABLE] = before
+
+
+def chunk_work(config: CoMeTConfig) -> float:
+    """Floating-point operations of a chunk in a long text, a product and a sum being two.
+
+    Counted as the equations need them: memory slots as keys and values, a slot's scores with the
+    slots that it sees, the top layer at the slots that are read. Norms, rotations and adapters are
+    not counted.
+    """
+    backbone, memory = config.backbone, config.memory
+    d, e, f = backbone.hidden_size, backbone.head_dim, backbone.intermediate_size
+    h, k, layers = (
+        backbone.num_attention_heads,
+        backbone.num_key_value_heads,
+        backbone.num_hidden_layers,
+    )
+    slots = memory.global_memory_size + memory.temporary_memory_size
+    kept = -(-memory.chunk_size // memory.compression_stride) + memory.global_memory_size
+    rows = memory.chunk_size + kept
+    key_value = 2 * 2 * d * k * e
+    other = 2 * (2 * d * h * e + 3 * d * f)  # query, output projection, MLP
+    pair = 4 * h * e  # a score, and its share of the values
+    whole = rows * (key_value + other) + pair * (rows * slots + rows * (rows + 1) / 2)
+    top = rows * key_value + kept * other + pair * kept * (slots + rows)
+    return (layers - 1) * whole + top + layers * slots * key_value
+
+
+def matmul_peak(config: CoMeTConfig, batch_size: int, rounds: int) -> float:
+    """Operations per second of the layer's matrix products alone, at a chunk's shapes.
+
+    Each into memory that is there already, one after another, as often as asked; the medians are
+    added up.
+    """
+    backbone, memory = config.backbone, config.memory
+    d, f = backbone.hidden_size, backbone.intermediate_size
+    heads = backbone.num_attention_heads * backbone.head_dim
+    both = heads + 2 * backbone.num_key_value_heads * backbone.head_dim
+    rows = batch_size * (
+        memory.chunk_size
+        + -(-memory.chunk_size // memory.compression_stride)
+        + memory.global_memory_size
+    )
+    contestants: dict[str, Callable[[], object]] = {}
+    total = 0.0
+    for inner, outer in ((d, both), (heads, d), (d, 2 * f), (f, d)):
+        left, right = torch.randn(rows, inner), torch.randn(outer, inner)
+        out = torch.empty(rows, outer)
+        contestants[f"{inner}x{outer}"] = _product(left, right, out)
+        total += 2.0 * rows * inner * outer
+    timed = take_turns(contestants, 3 * rounds)
+    return total / sum(timed.median(name) for name in contestants)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Callable[[], object]:
+    return lambda: torch.mm(left, right.T, out=out)
+
+
+def _steady_state(case: Case) -> CoMeTState:
+    """A state behind a long text: both memories full, of random numbers, no chunk open."""
+    memory, d = case.config.memory, case.config.backbone.hidden_size
+    layers, b = case.config.backbone.num_hidden_layers, case.batch_size
+    ones = np.ones(b, dtype=np.int64)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(slots: int) -> tuple[Tensor, ...]:
+        shape = (b, slots, d)
+        return tuple(torch.randn(shape, generator=generator) for _ in range(layers))
+
+    return dataclasses.replace(
+        new_state(case.config, batch_size=b),
+        tokens=100 * memory.chunk_size * ones,
+        chunks=100 * ones,
+        queue_length=memory.temporary_memory_size * ones,
+        global_state=random(memory.global_memory_size),
+        temporary_memory=random(memory.temporary_memory_size),
+    )
+
+
+def _read_chunks(
+    ids: Tensor, state: CoMeTState, params: Weights, config: CoMeTConfig, outputs: str
+) -> Tensor:
+    """Read whole chunks, each closed: [b, w, d] of the last one, see `run_row`."""
+    b, size = len(ids), config.memory.chunk_size
+    plan = Round(np.full(b, size), np.ones(b, dtype=bool))
+    for text in ids.split(size, dim=1):
+        state = open_chunk(state, params, config)
+        hidden, state = run_row(text, state, params, config, plan, outputs)
+    return hidden
+
+
+def measure_prefill(case: Case, chunks: int) -> dict[str, float | dict[str, list[float]]]:
+    """Reading a long text, both memories full: ours, with savings left out, and literally.
+
+    Args:
+        case: what to measure.
+        chunks: chunks of a turn.
+
+    Returns:
+        "seconds" of each contestant, "tokens" of a turn, "work" of a turn in operations, and the
+        products' "peak" in operations per second.
+
+    Raises:
+        AssertionError: the contestants do not agree.
+    """
+    config = case.config
+    model, state = CoMeTModel(config), _steady_state(case)
+    size = (case.batch_size, chunks * config.memory.chunk_size)
+    ids = torch.randint(
+        config.backbone.vocab_size, size, generator=torch.Generator().manual_seed(1)
+    )
+    with torch.no_grad():
+        fused = fuse(model.weights)
+        contestants = {
+            "ours": lambda: _read_chunks(ids, state, fused, config, "last"),
+            "ours, weights apart": lambda: _read_chunks(ids, state, model.weights, config, "last"),
+            "ours, all of the top layer": lambda: _read_chunks(ids, state, fused, config, "all"),
+            "literal": lambda: read_literal(ids, model.weights, config, state, True),
+        }
+        last = {name: run()[:, -1] for name, run in contestants.items()}
+        for name, hidden in last.items():
+            torch.testing.assert_close(hidden, last["ours"], rtol=1e-3, atol=1e-3, msg=name)
+        timed = take_turns(contestants, case.rounds)
+        peak = matmul_peak(config, case.batch_size, case.rounds)
+    return {
+        "seconds": timed.seconds,
+        "tokens": float(ids.numel()),
+        "work": case.batch_size * chunks * chunk_work(config),
+        "peak": peak,
+    }
+
+
+def measure_lengths(case: Case, lengths: Sequence[int]) -> dict[int, dict[str, list[float]]]:
+    """Reading whole texts from their start, up to the last token's output: ours, full attention.
+
+    Args:
+        case: what to measure.
+        lengths: tokens of the texts.
+
+    Returns:
+        Per length, seconds of each contestant.
+    """
+    found = {}
+    for length in lengths:
+        contestants = {}
+        for name, config in (("ours", case.config), ("full attention", case.plain)):
+            contestants[name] = _reading(CoMeTModel(config), length, case.batch_size)
+        found[length] = take_turns(contestants, case.rounds).seconds
+    return found
+
+
+def _reading(model: CoMeTModel, length: int, batch_size: int) -> Callable[[], object]:
+    ids = torch.randint(model.config.backbone.vocab_size, (batch_size, length))
+
+    def run() -> object:
+        with torch.no_grad():
+            return model(ids, logits="last").logits
+
+    return run
+
+
+def measure_decoding(
+    case: Case, lengths: Sequence[int], tokens: int
+) -> dict[int, dict[str, list[float]]]:
+    """Generating behind texts of several lengths: ours, full attention with its keys kept.
+
+    Args:
+        case: what to measure.
+        lengths: tokens of the texts.
+        tokens: to generate in a turn.
+
+    Returns:
+        Per length, seconds a token of each contestant.
+    """
+    found = {}
+    for length in lengths:
+        contestants = {}
+        for name, config in (("ours", case.config), ("full attention", case.plain)):
+            contestants[name] = _generating(CoMeTModel(config), length, tokens, case.batch_size)
+        timed = take_turns(contestants, case.rounds)
+        found[length] = {
+            name: [s / tokens for s in seconds] for name, seconds in timed.seconds.items()
+        }
+    return found
+
+
+def _generating(
+    model: CoMeTModel, length: int, tokens: int, batch_size: int
+) -> Callable[[], object]:
+    ids = torch.randint(model.config.backbone.vocab_size, (batch_size, length))
+    with torch.no_grad():
+        state = model(ids, logits="none").state
+    return lambda: model.generate(ids[:, :1], state, tokens)
+
+
+def measure_training(case: Case, chunks: int) -> dict[str, list[float]]:
+    """Forward and backward of the last token's output, through every chunk: ours, literal.
+
+    Returns:
+        Seconds of each contestant.
+    """
+    config = case.config
+    model, state = CoMeTModel(config), _steady_state(case)
+    size = (case.batch_size, chunks * config.memory.chunk_size)
+    ids = torch.randint(config.backbone.vocab_size, size)
+
+    def train(run: Callable[[], Tensor]) -> Callable[[], object]:
+        def step() -> None:
+            model.zero_grad()
+            run().square().mean().backward()
+
+        return step
+
+    contestants = {
+        "ours": train(lambda: _read_chunks(ids, state, model.weights, config, "all")),
+        "literal": train(lambda: read_literal(ids, model.weights, config, state, True)),
+    }
+    return take_turns(contestants, case.rounds).seconds
+
+
+def measure_memory(case: Case, length: int, block: int = 4096) -> dict[str, float]:
+    """Reading one long text in calls of `block` tokens.
+
+    Returns:
+        "peak", the process's largest resident set, and "state", its tensors, in bytes; "seconds".
+    """
+    model = CoMeTModel(case.config)
+    state, start = model.new_state(case.batch_size), time.perf_counter()
+    with torch.no_grad():
+        for text in _texts(case, length, block):
+            state = model(text, state=state, logits="none").state
+        state = model.close_chunk(state)
+    seconds = time.perf_counter() - start
+    return {"peak": float(peak_memory()), "state": float(state.num_bytes), "seconds": seconds}
+
+
+def _texts(case: Case, length: int, block: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, length, block):
+        size = (case.batch_size, min(block, length - start))
+        yield torch.randint(case.config.backbone.vocab_size, size, generator=generator)
