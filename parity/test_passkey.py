@@ -169,11 +169,11 @@ def test_training_goes_on_where_it_stopped(late, tmp_path):
             config.backbone, hidden_size=16, head_dim=4, intermediate_size=16, num_hidden_layers=1
         ),
     )
-    phases = (Phase(2, ((1, 1),), 1e-2), Phase(4, LONG, 1e-2, decays=True))
+    phases = (Phase(2, ((1, 1),), 1e-2), Phase(4, LONG, 1e-2, decay=4))
     first = Recipe(phases=phases[:1], batch_size=2)
     Trainer(config, first, tmp_path / "first").run()
     start = tmp_path / "first" / "model"
-    recipe = Recipe(phases=phases, batch_size=2, late=late, cut=0.5 * late)
+    recipe = Recipe(phases=phases, batch_size=2, late=late, cut=0.5 * late, before=int(late))
     whole = Trainer(config, recipe, tmp_path / "whole", start)
     whole.run()
     with pytest.raises(KeyboardInterrupt):

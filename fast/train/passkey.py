@@ -70,8 +70,8 @@ class Phase:
     learning_rate: float
     """Of AdamW, at the phase's start."""
 
-    decays: bool = False
-    """Whether it falls linearly to a fiftieth by the phase's end."""
+    decay: int = 0
+    """Steps over which it falls linearly, to a fiftieth at most; 0: it stays."""
 
     language_weight: float = 0.2
     """Weight of the loss of every token, beside that of the answers."""
@@ -91,22 +91,14 @@ LONG = (*SHORT, (2, 8), (4, 7))
 PHASES = (
     Phase(2500, ((1, 1),), 2e-3),
     Phase(1500, LONG, 3e-3),
-    Phase(5000, LONG, 3e-3, decays=True, language_weight=0.05, noise=0.03),
-    Phase(4500, SHORT, 2e-3, decays=True, language_weight=0.05, noise=0.03),
+    Phase(5000, LONG, 3e-3, decay=5000, language_weight=0.05, noise=0.03),
+    Phase(4500, SHORT, 2e-3, decay=4500, language_weight=0.05, noise=0.03),
 )
 """Find the key one chunk back; carry it; settle; read more keys, in shorter texts."""
 
-SHARPEN = (
-    Phase(
-        16000,
-        ((1, 1), (1, 1), (1, 4), (2, 3), (1, 10), (2, 8), (1, 27)),
-        2e-3,
-        decays=True,
-        language_weight=0.05,
-        noise=0.03,
-    ),
-)
-"""On what the first phases' model still misses: see `STAGES`."""
+SPREAD = ((1, 1), (1, 1), (1, 4), (2, 3), (1, 10), (2, 8), (1, 27))
+AGED = ((1, 1), (1, 4), (2, 3), (1, 10), (2, 8), (1, 26), (2, 12))
+"""Windows of the later stages: the second number bounds where the key comes, see `Recipe.late`."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +111,13 @@ class Recipe:
     """Share of windows whose question is asked with an empty queue, so that the global memory
     learns what the queue could tell."""
     late: bool = False
-    """Whether a text's key is as likely to come in any window as in the first. The windows before
-    it are read without gradient, and `AFTER` at most are trained on. False: most keys come in the
-    first window."""
+    """Whether a text's key is as likely to come in any window as in the first. `AFTER` windows at
+    most are trained on from there; those before are read without gradient. False: most keys come
+    in the first window."""
+    before: int = 0
+    """Windows right before a `late` key's that are trained on too: other numbers are no key."""
+    spacings: tuple[float, ...] = (150.0, 400.0, 1500.0)
+    """Mean bytes between two distractors: each text has one of these."""
     cut: float = 0.0
     """Share of a `late` recipe's keys whose number is cut by a chunk's border, and of the answers
     that are, beside those that chance cuts."""
@@ -145,9 +141,23 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
 
-STAGES = (Recipe(), Recipe(phases=SHARPEN, late=True, cut=0.4))
+STAGES = (
+    Recipe(),
+    Recipe(
+        phases=(Phase(8019, SPREAD, 2e-3, decay=16000, language_weight=0.05, noise=0.03),),
+        late=True,
+        cut=0.4,
+    ),
+    Recipe(
+        phases=(Phase(7000, AGED, 1.2e-3, decay=7000, language_weight=0.05, noise=0.03),),
+        late=True,
+        before=1,
+        cut=0.4,
+        spacings=(25.0, 100.0, 400.0, 1500.0),
+    ),
+)
 """One run after the other, each from the model of the one before: learn to find keys at all; then
-learn those that come late into a state that has read much, and those that are cut."""
+those that come late, and those that borders cut; then those behind many other numbers."""
 
 AFTER = 4
 """Most windows of a `late` recipe's text that are trained on, the key's included."""
@@ -274,11 +284,12 @@ class Trainer:
         windows = lead + int(rng.integers(1, (AFTER if self.recipe.late else most) + 1))
         texts = Texts(self, rng, length, windows, lead)
         state: CoMeTState | None = None
-        if lead:
+        first = max(lead - self.recipe.before, 0)
+        if first:
             with torch.no_grad():
-                out = self.model(texts.ids[:, : lead * length], logits="none")
+                out = self.model(texts.ids[:, : first * length], logits="none")
                 state = self.model.close_chunk(out.state)
-        for start in range(lead * length, windows * length, length):
+        for start in range(first * length, windows * length, length):
             state, loss = self._window(texts, state, start, rng)
             yield loss
 
@@ -287,8 +298,8 @@ class Trainer:
     ) -> tuple[CoMeTState, float]:
         phase, step = self.recipe.phase_at(self.step)
         rate = phase.learning_rate * min(1.0, (self.step + 1) / WARMUP)
-        if phase.decays:
-            rate *= max(1 - step / phase.steps, 0.02)
+        if phase.decay:
+            rate *= max(1 - step / phase.decay, 0.02)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if state is not None:
@@ -310,13 +321,13 @@ class Trainer:
         if rng.random() < self.recipe.hide_queue:
             asked = closed.forget_temporary()
             gone_by = texts.ends <= end
-        question, targets = texts.ask(end, tail, gone_by)
-        logits = self.model(question, state=asked).logits[:, -targets.shape[1] :]
         loss = phase.language_weight * out.loss
         if state is not None:
             quiet = torch.from_numpy((texts.starts >= end) | (texts.ends <= start))
             loss = loss + phase.stay_weight * _change(state, closed)[quiet].sum() / len(quiet)
         if gone_by.any():
+            question, targets = texts.ask(end, tail, gone_by)
+            logits = self.model(question, state=asked).logits[:, -targets.shape[1] :]
             loss = loss + F.cross_entropy(
                 logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
             )
@@ -389,7 +400,7 @@ class Texts:
                 depth=rng.random() * reach,
                 seed=int(rng.integers(2**62)),
                 haystack=None if rng.random() < 0.4 else trainer.haystack,
-                spacing=float(rng.choice([150, 400, 1500])),
+                spacing=float(rng.choice(recipe.spacings)),
                 split="train",
             )
             if recipe.late:  # half a chunk more than its window: asked for while it is read
