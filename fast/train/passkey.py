@@ -121,6 +121,9 @@ class Recipe:
     cut: float = 0.0
     """Share of a `late` recipe's keys whose number is cut by a chunk's border, and of the answers
     that are, beside those that chance cuts."""
+    numbers: float = 0.0
+    """Mean places in a chunk of prose that other numbers are written over, in any form: prose has
+    tables, literals and dates, which are no key either."""
     first_gate_bias: float = 2.0
     """The gate starts mostly shut, so that what is stored stays while writing is learned."""
     weight_scale: float = 4.0
@@ -155,9 +158,18 @@ STAGES = (
         cut=0.4,
         spacings=(25.0, 100.0, 400.0, 1500.0),
     ),
+    Recipe(
+        phases=(Phase(4500, AGED, 1e-3, decay=4500, language_weight=0.05, noise=0.03),),
+        late=True,
+        before=1,
+        cut=0.4,
+        spacings=(25.0, 100.0, 400.0, 1500.0),
+        numbers=0.3,
+    ),
 )
 """One run after the other, each from the model of the one before: learn to find keys at all; then
-those that come late, and those that borders cut; then those behind many other numbers."""
+those that come late, and those that borders cut; then those behind many other sentences with
+numbers; then those behind numbers of any form."""
 
 AFTER = 4
 """Most windows of a `late` recipe's text that are trained on, the key's included."""
@@ -408,7 +420,12 @@ class Texts:
                 if rng.random() < recipe.cut:
                     start = _cut(start, example.key, self.chunk, rng)
                 example = _move(example, start + skip)
-            rows.append(passkey.encode(example.text()[skip : skip + length]))
+            row = passkey.encode(example.text()[skip : skip + length]).copy()
+            if recipe.numbers and example.haystack is not None:
+                places = int(rng.poisson(recipe.numbers * length / self.chunk))
+                key = range(example.key_start - skip, example.key_end - skip)
+                _write_numbers(row, places, key, rng)
+            rows.append(row)
             keys.append(example.key)
             starts.append(example.key_start - skip)
             ends.append(example.key_end - skip)
@@ -448,3 +465,21 @@ def _move(example: passkey.Example, start: int) -> passkey.Example:
     """The example with its key's sentence at a byte, or as near to it as its text allows."""
     first, last = (dataclasses.replace(example, depth=d).key_start for d in (0.0, 1.0))
     return dataclasses.replace(example, depth=min(max((start - first) / (last - first), 0.0), 1.0))
+
+
+def _write_numbers(row: np.ndarray, places: int, key: range, rng: np.random.Generator) -> None:
+    """Write numbers of any form over a text, the key's sentence excepted."""
+    for _ in range(places):
+        join = (" ", ", ", "\n", "   ", ".", ":", "-", ",", "")[rng.integers(9)]
+        base = "0123456789abcdef"[: 16 if rng.random() < 0.2 else 10]
+        words = []
+        for _ in range(int(rng.integers(1, 7))):
+            digits = rng.integers(len(base), size=int(rng.integers(1, 9)))
+            words.append(
+                ("", "", "0x", "$", "-")[rng.integers(5)] + "".join(base[i] for i in digits)
+            )
+        said = passkey.encode(join.join(words))
+        start = int(rng.integers(len(row)))
+        end = min(start + len(said), len(row))
+        if end <= key.start or start >= key.stop:
+            row[start:end] = said[: end - start]
