@@ -114,9 +114,33 @@ FAULTS = {
     ),
     "keys not normed per head": (
         "layers.py",
-        'keys = rms_norm(keys, weights["k_norm"], config.rms_norm_eps)',
+        "heads = rms_norm(heads, weights[norm], config.rms_norm_eps)",
         "pass",
         "test_layers",
+    ),
+    "a mask that hides nothing": (
+        "layers.py",
+        ".masked_fill_(unseen, -torch.inf)",
+        "",
+        "test_causality",
+    ),
+    "a mask of all slots for the few asked for": (
+        "layers.py",
+        "rotation, mask = (cos, sin), None",
+        "rotation, mask = (cos, sin), None if mask is None else mask[..., : len(outputs[0]), :]",
+        "test_splitting",
+    ),
+    "the memory slots' device forgotten": (
+        "stream.py",
+        "return torch.from_numpy(np.ascontiguousarray(array)).to(device)",
+        "return torch.from_numpy(np.ascontiguousarray(array))",
+        "test_devices",
+    ),
+    "a value asked of the device": (
+        "layers.py",
+        "if mask is None:\n",
+        "if mask is None or bool((queries > 1e9).any()):\n",
+        "test_devices",
     ),
     "another activation": ("layers.py", "F.silu(", "F.gelu(", "test_layers"),
     "positions not restarted in a chunk": (
@@ -145,14 +169,14 @@ FAULTS = {
     ),
     "the slots asked for keep the first one's rotation": (
         "layers.py",
-        "rotation = (cos, sin)",
-        "rotation = (cos[..., :1, :], sin[..., :1, :])",
+        "rotation, mask = (cos, sin), None",
+        "rotation, mask = (cos[..., :1, :], sin[..., :1, :]), None",
         "test_splitting",
     ),
     "no rotation in half types": (
         "layers.py",
-        "return turned.to(x.dtype)",
-        "return turned.to(x.dtype) if x.element_size() > 2 else x",
+        "return torch.cat(turned, dim=-1).to(x.dtype)",
+        "return torch.cat(turned, dim=-1).to(x.dtype) if x.element_size() > 2 else x",
         "test_model",
     ),
     "no queue in half types": (
@@ -309,7 +333,7 @@ def run(folder: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path):
-    for name in ("fast", "reference", "parity"):
+    for name in ("fast", "reference", "parity", "docs"):
         ignored = shutil.ignore_patterns("__pycache__", "golden", "*_model", ".hypothesis")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

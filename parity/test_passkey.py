@@ -1,6 +1,7 @@
 """The pass-key task, its training and measurement, and the model that comes with it."""
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fast import CoMeTModel
 from fast.tasks import passkey
 from fast.tasks.passkey_report import Asked, Part, join_parts, lower_bound, measure
 from fast.train.passkey import (
@@ -20,6 +22,7 @@ from fast.train.passkey import (
     Texts,
     Trainer,
     small_config,
+    train,
 )
 
 
@@ -187,6 +190,28 @@ def test_training_goes_on_where_it_stopped(late, tmp_path):
     assert rest.step == whole.step
     for name, expected in whole.model.state_dict().items():
         assert torch.equal(rest.model.state_dict()[name], expected), name
+
+
+def test_the_stages_go_on_from_each_other(tmp_path, monkeypatch):
+    """One command runs them all, and a stage that is done is not done again."""
+    stages = [
+        dataclasses.replace(recipe, batch_size=2, phases=(Phase(2, ((1, 1),), 1e-2),))
+        for recipe in STAGES
+    ]
+    monkeypatch.setattr("fast.train.passkey.STAGES", stages)
+    last = train(tmp_path, seed=3)
+    assert last == tmp_path / f"stage{len(STAGES)}" / "model"
+    after = [
+        CoMeTModel.from_pretrained(tmp_path / f"stage{i + 1}" / "model").state_dict()
+        for i in range(len(STAGES))
+    ]
+    for name in ("weights.norm", "weights.layers.0.q_proj"):
+        steps = [(b[name] - a[name]).abs().max() for a, b in itertools.pairwise(after)]
+        assert all(0 < step < 0.1 for step in steps), f"{name} moved by {steps}"
+    written = last.stat().st_mtime_ns
+    again = CoMeTModel.from_pretrained(train(tmp_path, seed=3)).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in after[-1].items())
+    assert last.stat().st_mtime_ns == written
 
 
 def test_a_run_s_folder_keeps_to_its_config_and_recipe(tmp_path):
