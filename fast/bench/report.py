@@ -52,14 +52,14 @@ JOBS = (
             ("5M", "2048/512/2048", 2, 5),
             ("135M", "128/8/16", 4, 5),
             ("135M", "512/64/256", 1, 5),
-            ("135M", "2048/512/2048", 1, 3),
         )
         for kept in (True, False)
     ),
+    Job("prefill", Case("135M", "2048/512/2048", rounds=1), (1,)),  # minutes a turn
     Job("prefill", Case("small", "128/8/16", batch_size=6, rounds=9), (16,)),
     Job("length", Case("small", "128/8/16", rounds=3), ([2**i for i in range(10, 15)],)),
     Job("length", Case("5M", "256/32/128", rounds=3), ([2**i for i in range(10, 15)],)),
-    Job("length", Case("135M", "512/64/256", rounds=2), ([1024, 2048, 4096, 8192],)),
+    Job("length", Case("135M", "512/64/256", rounds=2), ([512, 1024, 2048, 4096],)),
     Job("decoding", Case("small", "128/8/16", rounds=5), ([1024, 4096, 16384], 64)),
     Job("decoding", Case("135M", "512/64/256", rounds=3), ([1024, 4096], 16)),
     Job("training", Case("small", "128/8/16", batch_size=8), (4,)),
