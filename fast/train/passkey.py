@@ -144,6 +144,15 @@ class Recipe:
         return sum(phase.steps for phase in self.phases)
 
 
+BEHIND_SENTENCES = Recipe(
+    phases=(Phase(7000, AGED, 1.2e-3, decay=7000, language_weight=0.05, noise=0.03),),
+    late=True,
+    before=1,
+    cut=0.4,
+    spacings=(25.0, 100.0, 400.0, 1500.0),
+)
+"""The third stage, see `STAGES`."""
+
 STAGES = (
     Recipe(),
     Recipe(
@@ -151,19 +160,10 @@ STAGES = (
         late=True,
         cut=0.4,
     ),
-    Recipe(
-        phases=(Phase(7000, AGED, 1.2e-3, decay=7000, language_weight=0.05, noise=0.03),),
-        late=True,
-        before=1,
-        cut=0.4,
-        spacings=(25.0, 100.0, 400.0, 1500.0),
-    ),
-    Recipe(
+    BEHIND_SENTENCES,
+    dataclasses.replace(
+        BEHIND_SENTENCES,
         phases=(Phase(4500, AGED, 1e-3, decay=4500, language_weight=0.05, noise=0.03),),
-        late=True,
-        before=1,
-        cut=0.4,
-        spacings=(25.0, 100.0, 400.0, 1500.0),
         numbers=0.3,
     ),
 )
