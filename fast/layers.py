@@ -393,7 +393,8 @@ def decoder_layer(
         positions: [n] or [b, n], see `append_slots`.
         rotation: (cos, sin) of those positions, see `rotary_table`.
         weights: one layer's tensors.
-        outputs: [1, a] or [b, a] int64, the new slots whose output is asked for; None is all. The others give a key and a value, and nothing more of them is computed.
+        outputs: [1, a] or [b, a] int64, the new slots whose output is asked for; None is all. The
+            others give a key and a value, and nothing more of them is computed.
         mask: `causal_mask` of the new slots, where the caller has it.
 
     Returns:
