@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"wrote {path}")
     elif args.command == "bench":
         jobs = bench_report.QUICK if args.quick else bench_report.JOBS
-        timed = bench_report.run(args.out, jobs)
+        timed = bench_report.run(args.out / "quick" if args.quick else args.out, jobs)
         for section in bench_report.tables(timed).values():
             print(f"\n{section}")
         print(f"\n{bench_report.footer()}")

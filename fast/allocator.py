@@ -2,7 +2,7 @@
 
 A large tensor on the CPU is new memory from the operating system, which hands it out page by page,
 zeroed, each page at the price of a fault; freed, it goes back. A stream makes the same tensors chunk
-after chunk, and can spend more on that than on arithmetic.
+after chunk, and would pay each time. What it is worth is in docs/performance.md.
 """
 
 from __future__ import annotations

@@ -91,9 +91,9 @@ def pack(params: ParameterTree) -> None:
 def fuse(params: ParameterTree) -> dict[str, Any]:
     """The weights with those that `pack` laid side by side as one, for reading without gradient.
 
-    Three products of one input are one larger product, which is the same sums in less time; what
-    is joined is memory that lies in order, so that nothing is copied and the parts stay the
-    model's parameters.
+    Three products of one input are one larger product of the same sums. What is joined is memory
+    that lies in order, so that nothing is copied and the parts stay the model's parameters. What
+    it is worth is in docs/performance.md.
 
     Args:
         params: a model's.

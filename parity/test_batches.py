@@ -45,8 +45,8 @@ def texts(lengths, seed):
 def test_a_ragged_batch_is_each_sequence_alone(batch, calls, fill):
     """Several calls, each with lengths of its own; padding holds any number at all.
 
-    Random weights blow a rounding up from chunk to chunk, so the reference's own sensitivity to
-    one, in the same sequence, is the yardstick beside the tolerance.
+    Random weights blow a rounding up from chunk to chunk, so from the third call on the reference's
+    own sensitivity to one, in the same sequence, is the yardstick beside the tolerance.
     """
     config, seed, lengths = batch
     model = random_model(config, seed)
@@ -71,7 +71,7 @@ def test_a_ragged_batch_is_each_sequence_alone(batch, calls, fill):
                 other, states[i] = spec.forward(row, states[i], weights, config)
                 sensitivity[i] = max(sensitivity[i], largest_error(other, expected))
             what = f"call {call}, sequence {i}"
-            limit = max(TOLERANCE, YARDSTICK * sensitivity[i])
+            limit = TOLERANCE if call < 2 else max(TOLERANCE, YARDSTICK * sensitivity[i])
             assert_logits(out.logits[i, : len(row)], expected, config, what, limit)
             assert_near(last.logits[i, 0], expected[-1], f"{what}, last", limit)
             assert (out.logits[i, len(row) :] == 0).all(), f"{what}: logits of padding"

@@ -133,6 +133,11 @@ def _name(result: dict[str, Any]) -> str:
     return f"{case['backbone']} | {case['memory']}{batch}"
 
 
+def _speed(tokens: float, timed: Timed, name: str) -> str:
+    spread = f" ± {timed.spread(name):.0%}" if len(timed.seconds[name]) > 1 else ", one turn"
+    return f"{tokens / timed.median(name):,.0f}{spread}"
+
+
 def _of(results: Sequence[dict[str, Any]], section: str) -> list[dict[str, Any]]:
     return [result for result in results if result["section"] == section]
 
@@ -151,8 +156,8 @@ def _prefill(results: Sequence[dict[str, Any]]) -> str:
         others = (timed.median("ours, weights apart"), timed.median("ours, all of the top layer"))
         rows.append(
             f"{_name(r)} | {'kept' if r['case']['kept'] else 'default'} | "
-            f"{data['tokens'] / ours:,.0f} ± {timed.spread('ours'):.0%} | "
-            f"{data['tokens'] / literal:,.0f} ± {timed.spread('literal'):.0%} | "
+            f"{_speed(data['tokens'], timed, 'ours')} | "
+            f"{_speed(data['tokens'], timed, 'literal')} | "
             f"**{literal / ours:.2f}** | "
             + " | ".join(f"{other / ours:.2f}" for other in others)
             + f" | {data['work'] / ours / data['peak']:.0%} of {data['peak'] / 1e9:,.0f}"

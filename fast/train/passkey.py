@@ -31,7 +31,17 @@ from ..model import IGNORE, CoMeTModel
 from ..state import CoMeTState
 from ..tasks import passkey
 
-__all__ = ["LONG", "STAGES", "Phase", "Recipe", "Texts", "Trainer", "small_config", "train"]
+__all__ = [
+    "LONG",
+    "PHASES",
+    "STAGES",
+    "Phase",
+    "Recipe",
+    "Texts",
+    "Trainer",
+    "small_config",
+    "train",
+]
 
 
 def small_config() -> CoMeTConfig:
@@ -202,7 +212,10 @@ class Trainer:
         else:
             before = CoMeTModel.from_pretrained(start)
             if before.config != config:
-                raise ValueError(f"{start} has another config; expected the one to train.")
+                raise ValueError(
+                    f"{start} has another config; expected the one to train. Start from a model "
+                    "of that config, or give its config."
+                )
             self.model.load_state_dict(before.state_dict())
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
