@@ -9,12 +9,12 @@ from reference.config import MemoryConfig
 
 from .layers import Weights, adapter, linear, rms_norm, sigmoid
 
-__all__ = ["candidate", "gate", "read_global", "update_global"]
+__all__ = ["gate", "propose", "read_global", "update_global"]
 
 
-def candidate(readout: Tensor, weights: Weights, eps: float | None) -> Tensor:
+def propose(readout: Tensor, weights: Weights, eps: float | None) -> Tensor:
     """What the chunk proposes to remember: candidate = rms_norm(R'). Twin of
-    `reference.global_memory.candidate`.
+    `reference.global_memory.propose`.
 
     Args:
         readout: [b, m, d], the layer's output at the readout tokens.
@@ -61,7 +61,7 @@ def update_global(
     Returns:
         [b, m, d].
     """
-    new = candidate(readout, weights, config.global_norm_eps)
+    new = propose(readout, weights, config.global_norm_eps)
     if state is None:
         return new
     g = gate(new, state, weights, config.gate_saturation)

@@ -275,7 +275,14 @@ class CoMeTModel(nn.Module):
         params, config = self._params(), self.config
         outputs = logits if targets is None else "all"
         for part in read(
-            ids, state, params, config, chunk_sizes, True, backprop_chunks, sizes, outputs
+            ids,
+            state,
+            params,
+            config,
+            chunk_sizes=chunk_sizes,
+            backprop_chunks=backprop_chunks,
+            lengths=sizes,
+            outputs=outputs,
         ):
             state = part.state
             if targets is not None:
@@ -354,7 +361,7 @@ class CoMeTModel(nn.Module):
                 ]
                 take = running.astype(np.int64)
                 for part in read(
-                    tokens[:, None], state, params, config, None, roll, None, take, "last"
+                    tokens[:, None], state, params, config, roll=roll, lengths=take, outputs="last"
                 ):
                     last, state = part.last(last), part.state
                 for row, token in enumerate(step):

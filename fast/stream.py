@@ -500,6 +500,7 @@ def read(
     state: CoMeTState,
     params: Weights,
     config: CoMeTConfig,
+    *,
     chunk_sizes: Sequence[int] | None = None,
     roll: bool = True,
     backprop_chunks: int | None = None,

@@ -9,11 +9,11 @@ from reference.config import MemoryConfig
 
 from .layers import Weights, adapter, rms_norm
 
-__all__ = ["compress", "update_temporary"]
+__all__ = ["queue_entries", "update_temporary"]
 
 
-def compress(compression: Tensor, weights: Weights, eps: float) -> Tensor:
-    """Queue entries adapter_t(rms_norm_t(C')). Twin of `reference.temporary_memory.compress`.
+def queue_entries(compression: Tensor, weights: Weights, eps: float) -> Tensor:
+    """Queue entries adapter_t(rms_norm_t(C')). Twin of `reference.temporary_memory.queue_entries`.
 
     Args:
         compression: [b, c, d], the layer's output at the compression tokens.
@@ -46,7 +46,7 @@ def update_temporary(
     Returns:
         [b, min(B, q + c), d]; row i's min(B, queue + compression) entries come first.
     """
-    entries = compress(compression, weights, config.temporary_norm_eps)
+    entries = queue_entries(compression, weights, config.temporary_norm_eps)
     both = torch.cat([queue, entries], dim=1)
     size = min(config.temporary_memory_size, both.shape[1])
     if counts is None:

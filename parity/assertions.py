@@ -103,7 +103,7 @@ def assert_same_stream(
         if config.memory.has_temporary:
             queue = fast.temporary_memory[layer][row, : counts["queue_length"]]
             assert_near(queue, spec.temporary_memory[layer], f"{at}, T", tolerance)
-        if spec.keys:
+        if spec.row_length:
             length = counts["row_length"]
             assert_near(
                 fast.keys[layer][row, :, :length], spec.keys[layer], f"{at}, keys", tolerance

@@ -40,14 +40,14 @@ def tensor(x):
 
 
 @given(seeds, kinds, st.booleans(), saturations)
-def test_candidate_gate_and_read(seed, kind, bias, saturation):
+def test_propose_gate_and_read(seed, kind, bias, saturation):
     rng = np.random.default_rng(seed)
     w = weights(rng, kind, bias)
     tw = to_tensors(w, torch.float64)
     x, s = rng.normal(0, 2, (2, M, D)), rng.normal(0, 2, (2, M, D))
     for eps in (None, 1e-3):
-        found = fast.candidate(tensor(x), tw, eps)
-        assert_twin(found, spec.candidate(x, w, eps), "candidate", tensor(x))
+        found = fast.propose(tensor(x), tw, eps)
+        assert_twin(found, spec.propose(x, w, eps), "propose", tensor(x))
     assert_twin(
         fast.gate(tensor(x), tensor(s), tw, saturation),
         spec.gate(x, s, w, saturation),
@@ -76,7 +76,7 @@ def test_the_gate_is_a_convex_combination(seed, kind, saturation):
     c = MemoryConfig(4, M, 1, 0, gate=kind, gate_bias=True, gate_saturation=saturation)
     r, s = rng.normal(0, 2, (1, M, D)), rng.normal(0, 2, (1, M, D))
     tw = to_tensors(w, torch.float64)
-    new = fast.candidate(tensor(r), tw, c.global_norm_eps)
+    new = fast.propose(tensor(r), tw, c.global_norm_eps)
     g = fast.gate(new, tensor(s), tw, saturation)
     assert ((g >= 0) & (g <= 1)).all()
     out = fast.update_global(tensor(s), tensor(r), tw, c)
@@ -93,7 +93,7 @@ def test_g_one_keeps_and_g_zero_replaces(seed, kind):
         w = weights(rng, kind, True, scale=0.0)
         w["gate_bias"] = np.full_like(w["gate_bias"], bias)
         if expected is None:
-            expected = spec.candidate(r, w, None)
+            expected = spec.propose(r, w, None)
         out = fast.update_global(tensor(s), tensor(r), to_tensors(w, torch.float64), c)
         assert np.array_equal(out.numpy(), expected) or bias < 0
         assert_near(out, expected, "S")
@@ -115,7 +115,7 @@ def test_a_saturated_gate_keeps_for_good_where_a_sigmoid_fades(seed):
             state = spec.update_global(state, other, w, c)
         assert np.array_equal(state, s) == kept
         if not kept:
-            target = spec.candidate(other, w, None)
+            target = spec.propose(other, w, None)
             assert np.abs(state - target).max() < 0.01 * max(1.0, np.abs(s - target).max())
 
 

@@ -31,11 +31,11 @@ def config(size):
 
 
 @given(seeds, st.integers(0, 4))
-def test_compress(seed, c):
+def test_queue_entries(seed, c):
     rng = np.random.default_rng(seed)
     w, x = weights(rng), rng.normal(0, 2, (2, c, D))
-    found = fast.compress(torch.from_numpy(x), to_tensors(w, torch.float64), 1e-12)
-    assert_twin(found, spec.compress(x, w, 1e-12), "compress", torch.from_numpy(x))
+    found = fast.queue_entries(torch.from_numpy(x), to_tensors(w, torch.float64), 1e-12)
+    assert_twin(found, spec.queue_entries(x, w, 1e-12), "queue_entries", torch.from_numpy(x))
 
 
 @given(seeds, st.integers(1, 6), st.integers(0, 6), st.integers(0, 9))
@@ -80,7 +80,7 @@ def test_the_queue_keeps_exactly_the_newest(seed, size, pushes):
     rng = np.random.default_rng(seed)
     w = weights(rng)
     made = rng.normal(size=(sum(pushes), D))
-    entries = spec.compress(made, w, config(size).temporary_norm_eps)
+    entries = spec.queue_entries(made, w, config(size).temporary_norm_eps)
     spec_queue = np.zeros((0, D))
     fast_queue = torch.zeros(1, 0, D, dtype=torch.float64)
     start = 0

@@ -13,10 +13,10 @@ import numpy as np
 from .config import MemoryConfig
 from .layers import Array, Weights, adapter, linear, rms_norm, sigmoid
 
-__all__ = ["candidate", "gate", "read_global", "update_global"]
+__all__ = ["gate", "propose", "read_global", "update_global"]
 
 
-def candidate(readout: Array, weights: Weights, eps: float | None) -> Array:
+def propose(readout: Array, weights: Weights, eps: float | None) -> Array:
     """What the chunk proposes to remember: candidate = rms_norm(R').
 
     Args:
@@ -44,8 +44,8 @@ def gate(candidate: Array, state: Array, weights: Weights, saturation: float) ->
     Returns:
         [m, 1] (scalar) or [m, d] (vector), in [0, 1].
     """
-    both = np.concatenate([candidate, state], axis=-1)  # [m, 2d], candidate first
-    g = sigmoid(linear(both, weights["gate"], weights.get("gate_bias")))
+    joined = np.concatenate([candidate, state], axis=-1)  # [m, 2d], candidate first
+    g = sigmoid(linear(joined, weights["gate"], weights.get("gate_bias")))
     return np.where(g.real < saturation, g / saturation, np.ones_like(g))
 
 
@@ -62,11 +62,11 @@ def update_global(
     Returns:
         [m, d], S_{t+1}.
     """
-    new = candidate(readout, weights, config.global_norm_eps)
+    candidate = propose(readout, weights, config.global_norm_eps)
     if state is None:
-        return new
-    g = gate(new, state, weights, config.gate_saturation)
-    return g * state + (1 - g) * new
+        return candidate
+    g = gate(candidate, state, weights, config.gate_saturation)
+    return g * state + (1 - g) * candidate
 
 
 def read_global(state: Array, weights: Weights) -> Array:

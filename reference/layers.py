@@ -51,7 +51,8 @@ def softmax(scores: Array, visible: Array) -> Array:
     Returns:
         [..., p], zero where not visible.
     """
-    highest = np.where(visible, scores.real, -np.inf).max(axis=-1, keepdims=True)
+    seen = np.where(visible, scores.real, -np.inf)
+    highest = seen.max(axis=-1, keepdims=True, initial=-np.inf)  # initial: of no slots, for no rows
     shifted = np.where(visible, scores - highest, 0)
     weights = np.where(visible, np.exp(shifted), 0)
     return weights / weights.sum(axis=-1, keepdims=True)

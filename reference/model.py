@@ -24,6 +24,7 @@ def forward(
     state: StreamState,
     params: Weights,
     config: CoMeTConfig,
+    *,
     chunk_sizes: Sequence[int] | None = None,
     roll: bool = True,
     backprop_chunks: int | None = None,
@@ -31,9 +32,17 @@ def forward(
     """Read text and predict: the arguments are those of `read`.
 
     Returns:
-        Logits [n, vocab], where row j predicts the token after ids[j]; the state behind the text.
+        Logits [n, vocab], where row j predicts the token after ids[j]; the state after the text.
     """
-    hidden, state = read(ids, state, params, config, chunk_sizes, roll, backprop_chunks)
+    hidden, state = read(
+        ids,
+        state,
+        params,
+        config,
+        chunk_sizes=chunk_sizes,
+        roll=roll,
+        backprop_chunks=backprop_chunks,
+    )
     return predict(hidden, params, config), state
 
 

@@ -1,7 +1,8 @@
 """The stream: text in, hidden states out, and between them two memories per layer.
 
-Read it in this order: `open_chunk`, `read_compression`, `close_chunk`, `read`. Everything goes
-through `run_row`, which runs new slots of the open chunk's row up the layers.
+Text is read token by token: `read_token` opens a chunk where none is open, puts a compression token
+after every full group, and runs the token up the layers; `close_chunk` ends a chunk that is full.
+However a text is split into calls, the same steps follow each other.
 
 Throughout, `params` is the nested dict of arrays that `parameters.shapes` names, `config` the
 model's `CoMeTConfig`, and `state` where the stream stands. Arguments are not checked here:
@@ -29,6 +30,7 @@ __all__ = [
     "open_chunk",
     "read",
     "read_compression",
+    "read_token",
     "run_row",
 ]
 
@@ -57,7 +59,7 @@ class StreamState:
     """T, [q, d] each, oldest first."""
 
     keys: tuple[Array, ...]
-    """Rotated keys of the open chunk's row, [k, p, e] each; empty where no chunk is open."""
+    """Rotated keys of the open chunk's row, [k, p, e] each; p = 0 where no chunk is open."""
 
     values: tuple[Array, ...]
     """Its values, [k, p, e] each."""
@@ -65,7 +67,7 @@ class StreamState:
     @property
     def row_length(self) -> int:
         """Slots in the open chunk's row, memory slots included."""
-        return self.keys[0].shape[1] if self.keys else 0
+        return self.keys[0].shape[1]
 
 
 def new_state(config: CoMeTConfig, dtype: np.dtype | type = np.float64) -> StreamState:
@@ -76,11 +78,13 @@ def new_state(config: CoMeTConfig, dtype: np.dtype | type = np.float64) -> Strea
         dtype: of the arrays to come, the weights' own.
 
     Returns:
-        No tokens, no chunks, an empty queue in every layer, no open chunk.
+        No tokens, no chunks, an empty queue and an empty row in every layer.
     """
-    layers, d = config.backbone.num_hidden_layers, config.backbone.hidden_size
-    queue = np.zeros((0, d), dtype)
-    return StreamState(0, 0, 0, (), (queue,) * layers, (), ())
+    backbone = config.backbone
+    queue = np.zeros((0, backbone.hidden_size), dtype)
+    row = np.zeros((backbone.num_key_value_heads, 0, backbone.head_dim), dtype)
+    queues, rows = (queue,) * backbone.num_hidden_layers, (row,) * backbone.num_hidden_layers
+    return StreamState(0, 0, 0, (), queues, rows, rows)
 
 
 def run_row(
@@ -94,15 +98,11 @@ def run_row(
     Returns:
         Per layer [n, d], that layer's output; the state with the slots' keys and values.
     """
-    start = state.row_length
-    backbone = config.backbone
-    positions = np.arange(start, start + len(hidden))
-    rotation = rotary_table(positions, backbone)
-    none = np.zeros((backbone.num_key_value_heads, 0, backbone.head_dim), hidden.dtype)
+    positions = state.row_length + np.arange(len(hidden))
+    rotation = rotary_table(positions, config.backbone)
     outputs, keys, values = [], [], []
-    for i, weights in enumerate(params["layers"]):
-        k, v = (state.keys[i], state.values[i]) if state.keys else (none, none)
-        hidden, k, v = decoder_layer(hidden, k, v, positions, rotation, weights, backbone)
+    for k, v, weights in zip(state.keys, state.values, params["layers"], strict=True):
+        hidden, k, v = decoder_layer(hidden, k, v, positions, rotation, weights, config.backbone)
         outputs.append(hidden)
         keys.append(k)
         values.append(v)
@@ -118,19 +118,16 @@ def open_chunk(state: StreamState, params: Weights, config: CoMeTConfig) -> Stre
     Returns:
         The state with the row's keys and values, [k, m + q, e] per layer.
     """
-    memory, backbone = config.memory, config.backbone
     keys, values = [], []
     for i, weights in enumerate(params["layers"]):
         slots = state.temporary_memory[i]
-        if memory.has_global and state.chunks > 0:
+        if state.global_state:
             seen = read_global(state.global_state[i], weights["global_memory"])
             slots = np.concatenate([seen, slots])  # [m + q, d]
-        if len(slots) == 0:
-            return state
         positions = np.arange(len(slots))
-        rotation = rotary_table(positions, backbone)
-        none = np.zeros((backbone.num_key_value_heads, 0, backbone.head_dim), slots.dtype)
-        _, k, v = decoder_layer(slots, none, none, positions, rotation, weights, backbone)
+        rotation = rotary_table(positions, config.backbone)
+        row = state.keys[i], state.values[i]
+        _, k, v = decoder_layer(slots, *row, positions, rotation, weights, config.backbone)
         keys.append(k)
         values.append(v)
     return dataclasses.replace(state, keys=tuple(keys), values=tuple(values))
@@ -153,13 +150,34 @@ def read_compression(state: StreamState, params: Weights, config: CoMeTConfig) -
     return dataclasses.replace(state, temporary_memory=queues)
 
 
+def read_token(
+    token: int, state: StreamState, params: Weights, config: CoMeTConfig
+) -> tuple[Array, StreamState]:
+    """Read one text token into the open chunk, after what has to stand before it.
+
+    That is the memories where no chunk is open, a compression token where the chunk's last group
+    has just become full.
+
+    Returns:
+        [1, d], the top layer's output; the state after the token.
+    """
+    stride = config.memory.compression_stride
+    if state.open_tokens == 0:
+        state = open_chunk(state, params, config)
+    elif stride and state.open_tokens % stride == 0:
+        state = read_compression(state, params, config)
+    outputs, state = run_row(params["embed_tokens"][[token]], state, params, config)
+    counts = {"tokens": state.tokens + 1, "open_tokens": state.open_tokens + 1}
+    return outputs[-1], dataclasses.replace(state, **counts)
+
+
 def close_chunk(state: StreamState, params: Weights, config: CoMeTConfig) -> StreamState:
     """End the open chunk: its last group's compression token, the readout tokens, the gate.
 
     Without text since the last chunk there is nothing to close, and the state is returned as it is.
 
     Returns:
-        The state with both memories updated and no row.
+        The state with both memories updated and an empty row.
     """
     memory = config.memory
     if state.open_tokens == 0:
@@ -169,18 +187,19 @@ def close_chunk(state: StreamState, params: Weights, config: CoMeTConfig) -> Str
     states = state.global_state
     if memory.has_global:
         outputs, state = run_row(params["readout_embeddings"], state, params, config)
-        old = states or (None,) * len(outputs)
         states = tuple(
             update_global(s, output, weights["global_memory"], memory)
-            for s, output, weights in zip(old, outputs, params["layers"], strict=True)
+            for s, output, weights in zip(
+                states or [None] * len(outputs), outputs, params["layers"], strict=True
+            )
         )
     return dataclasses.replace(
         state,
         chunks=state.chunks + 1,
         open_tokens=0,
         global_state=states,
-        keys=(),
-        values=(),
+        keys=tuple(k[:, :0] for k in state.keys),
+        values=tuple(v[:, :0] for v in state.values),
     )
 
 
@@ -189,6 +208,7 @@ def read(
     state: StreamState,
     params: Weights,
     config: CoMeTConfig,
+    *,
     chunk_sizes: Sequence[int] | None = None,
     roll: bool = True,
     backprop_chunks: int | None = None,
@@ -206,55 +226,19 @@ def read(
             from its start; None never cuts.
 
     Returns:
-        [n, d], the top layer's output at the text tokens; the state behind the text.
+        [n, d], the top layer's output at the text tokens; the state after the text.
     """
-    text = np.asarray(ids, dtype=np.int64)
-    if chunk_sizes is not None:
-        sizes = list(chunk_sizes)
-    elif roll:
-        chunk_size = config.memory.chunk_size
-        first = max(0, chunk_size - state.open_tokens)
-        sizes = [min(first, len(ids))]
-        while sum(sizes) < len(ids):
-            sizes.append(min(chunk_size, len(ids) - sum(sizes)))
-    else:
-        sizes = [len(ids)]
-    tops = [np.zeros((0, config.backbone.hidden_size), params["embed_tokens"].dtype)]
-    start = 0
-    for number, size in enumerate(sizes):
-        if number > 0:
+    borders = None if chunk_sizes is None else set(np.cumsum(chunk_sizes).tolist())
+    outputs = [np.zeros((0, config.backbone.hidden_size), params["embed_tokens"].dtype)]
+    for number, token in enumerate(ids):
+        is_full = roll and state.open_tokens >= config.memory.chunk_size
+        if is_full if borders is None else number in borders:
             state = close_chunk(state, params, config)
             if backprop_chunks is not None and state.chunks % backprop_chunks == 0:
                 state = detach(state)
-        top, state = _read_in_chunk(text[start : start + size], state, params, config)
-        tops.append(top)
-        start += size
-    return np.concatenate(tops), state
-
-
-def _read_in_chunk(
-    ids: Array, state: StreamState, params: Weights, config: CoMeTConfig
-) -> tuple[Array, StreamState]:
-    """Read text into the open chunk, a compression token before each group after the first."""
-    stride = config.memory.compression_stride
-    tops = [np.zeros((0, config.backbone.hidden_size), params["embed_tokens"].dtype)]
-    start = 0
-    while start < len(ids):
-        if state.open_tokens == 0:
-            state = open_chunk(state, params, config)
-        size = len(ids) - start
-        if stride:
-            if state.open_tokens > 0 and state.open_tokens % stride == 0:
-                state = read_compression(state, params, config)
-            size = min(size, stride - state.open_tokens % stride)
-        group = params["embed_tokens"][ids[start : start + size]]  # [size, d]
-        outputs, state = run_row(group, state, params, config)
-        tops.append(outputs[-1])
-        state = dataclasses.replace(
-            state, tokens=state.tokens + size, open_tokens=state.open_tokens + size
-        )
-        start += size
-    return np.concatenate(tops), state
+        output, state = read_token(token, state, params, config)
+        outputs.append(output)
+    return np.concatenate(outputs), state
 
 
 def detach(state: StreamState) -> StreamState:
@@ -263,14 +247,8 @@ def detach(state: StreamState) -> StreamState:
     Returns:
         The state with every array's imaginary part dropped, dtypes kept.
     """
-
-    def real(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(a.real.astype(a.dtype) for a in arrays)
-
-    return dataclasses.replace(
-        state,
-        global_state=real(state.global_state),
-        temporary_memory=real(state.temporary_memory),
-        keys=real(state.keys),
-        values=real(state.values),
-    )
+    arrays = {
+        name: tuple(a.real.astype(a.dtype) for a in getattr(state, name))
+        for name in ("global_state", "temporary_memory", "keys", "values")
+    }
+    return dataclasses.replace(state, **arrays)

@@ -10,10 +10,10 @@ import numpy as np
 from .config import MemoryConfig
 from .layers import Array, Weights, adapter, rms_norm
 
-__all__ = ["compress", "update_temporary"]
+__all__ = ["queue_entries", "update_temporary"]
 
 
-def compress(compression: Array, weights: Weights, eps: float) -> Array:
+def queue_entries(compression: Array, weights: Weights, eps: float) -> Array:
     """Queue entries adapter_t(rms_norm_t(C')).
 
     Args:
@@ -42,6 +42,6 @@ def update_temporary(
     Returns:
         [min(B, q + c), d], oldest first.
     """
-    entries = compress(compression, weights, config.temporary_norm_eps)
-    both = np.concatenate([queue, entries])
-    return both[max(0, len(both) - config.temporary_memory_size) :]
+    entries = queue_entries(compression, weights, config.temporary_norm_eps)
+    joined = np.concatenate([queue, entries])
+    return joined[max(0, len(joined) - config.temporary_memory_size) :]
