@@ -8,7 +8,6 @@ float32 or wider and cast back, whatever the model's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ __all__ = [
     "decoder_layer",
     "linear",
     "merge_heads",
-    "project_all",
     "project_keys_values",
     "project_memory",
     "project_queries",
@@ -255,32 +253,8 @@ def swiglu(x: Tensor, weights: Weights) -> Tensor:
     Returns:
         [..., d].
     """
-    gate, up = _products(x, "gate_up_proj", ("gate_proj", "up_proj"), weights)
-    return linear(F.silu(gate) * up, weights["down_proj"])
-
-
-def _products(
-    x: Tensor, fused: str, names: tuple[str, ...], weights: Weights, biased: bool = False
-) -> Sequence[Tensor]:
-    """Several linear maps of one input, as one product where `parameters.fuse` joined them.
-
-    Args:
-        x: [..., d].
-        fused: name of the joined weights.
-        names: of the weights.
-        biased: whether they have biases, which are named alike.
-
-    Returns:
-        One [..., o] a name.
-    """
-    if fused in weights:
-        bias = weights[fused.replace("proj", "bias")] if biased else None
-        sizes = [len(weights[name]) for name in names]
-        return linear(x, weights[fused], bias).split(sizes, dim=-1)
-    return [
-        linear(x, weights[name], weights[name.replace("proj", "bias")] if biased else None)
-        for name in names
-    ]
+    product = F.silu(linear(x, weights["gate_proj"])) * linear(x, weights["up_proj"])
+    return linear(product, weights["down_proj"])
 
 
 def project_keys_values(
@@ -296,8 +270,7 @@ def project_keys_values(
     Returns:
         keys, values, each [b, k, n, e].
     """
-    names = ("k_proj", "v_proj")
-    keys, values = _products(normed, "kv_proj", names, weights, config.attention_bias)
+    keys, values = (_biased(normed, name, weights, config) for name in ("k", "v"))
     keys = _turned_heads(keys, config.num_key_value_heads, "k_norm", rotation, weights, config)
     return keys, split_heads(values, config.num_key_value_heads)
 
@@ -314,28 +287,14 @@ def project_queries(
     Returns:
         [b, h, n, e].
     """
-    queries = linear(
-        normed, weights["q_proj"], weights["q_bias"] if config.attention_bias else None
-    )
-    heads = config.num_attention_heads
-    return _turned_heads(queries, heads, "q_norm", rotation, weights, config)
+    queries = _biased(normed, "q", weights, config)
+    return _turned_heads(queries, config.num_attention_heads, "q_norm", rotation, weights, config)
 
 
-def project_all(
-    normed: Tensor, rotation: tuple[Tensor, Tensor], weights: Weights, config: BackboneConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`project_queries` and `project_keys_values` of the same slots, one product where the weights
-    are joined.
-
-    Returns:
-        queries [b, h, n, e], keys and values, each [b, k, n, e].
-    """
-    names = ("q_proj", "k_proj", "v_proj")
-    queries, keys, values = _products(normed, "qkv_proj", names, weights, config.attention_bias)
-    h, k = config.num_attention_heads, config.num_key_value_heads
-    queries = _turned_heads(queries, h, "q_norm", rotation, weights, config)
-    keys = _turned_heads(keys, k, "k_norm", rotation, weights, config)
-    return queries, keys, split_heads(values, k)
+def _biased(x: Tensor, name: str, weights: Weights, config: BackboneConfig) -> Tensor:
+    """The projection "q", "k" or "v", with its bias where configured."""
+    bias = weights[f"{name}_bias"] if config.attention_bias else None
+    return linear(x, weights[f"{name}_proj"], bias)
 
 
 def _turned_heads(
@@ -401,10 +360,7 @@ def decoder_layer(
         hidden [b, n or a, d], keys and values [b, k, p + n, e] of the row with the new slots.
     """
     normed = rms_norm(hidden, weights["input_layernorm"], config.rms_norm_eps)
-    if outputs is None:
-        queries, new_keys, new_values = project_all(normed, rotation, weights, config)
-    else:
-        new_keys, new_values = project_keys_values(normed, rotation, weights, config)
+    new_keys, new_values = project_keys_values(normed, rotation, weights, config)
     keys = append_slots(keys, new_keys, positions)
     values = append_slots(values, new_values, positions)
     if outputs is not None:
@@ -415,7 +371,7 @@ def decoder_layer(
             for t in (positions, *rotation)
         )
         rotation, mask = (cos, sin), None
-        queries = project_queries(normed, rotation, weights, config)
+    queries = project_queries(normed, rotation, weights, config)
     mixed = merge_heads(attention(queries, keys, values, positions, mask))
     hidden = hidden + linear(mixed, weights["o_proj"])
     normed = rms_norm(hidden, weights["post_attention_layernorm"], config.rms_norm_eps)

@@ -16,7 +16,7 @@ from reference.config import CoMeTConfig
 
 from .allocator import keep_memory
 from .layers import Weights, linear, rms_norm, widen
-from .parameters import ParameterTree, check_weights, fuse, initialize, pack
+from .parameters import ParameterTree, check_weights, initialize
 from .sampling import check_sampling, sample
 from .state import CoMeTState
 from .stream import Reading, close_chunk, columns, join, new_state, read
@@ -173,17 +173,6 @@ class CoMeTModel(nn.Module):
         else:
             check_weights(weights, config)
         self.weights = ParameterTree(weights)
-        pack(self.weights)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoMeTModel:
-        """`nn.Module`'s way to another device or dtype: each tensor alone, so pack them anew."""
-        super()._apply(fn, recurse)
-        pack(self.weights)
-        return self
-
-    def _params(self) -> Weights:
-        """The weights as a call reads them: fused, unless a gradient has to find each alone."""
-        return self.weights if torch.is_grad_enabled() else fuse(self.weights)
 
     @property
     def device(self) -> torch.device:
@@ -221,7 +210,7 @@ class CoMeTModel(nn.Module):
             ValueError: the state belongs to another model.
         """
         state.check(self.config, state.batch_size, self.dtype, self.device)
-        return close_chunk(state, self._params(), self.config)
+        return close_chunk(state, self.weights, self.config)
 
     def forward(
         self,
@@ -272,7 +261,7 @@ class CoMeTModel(nn.Module):
         parts: list[Reading] = []
         last: Tensor | None = None
         loss = widen(self.weights["norm"]).new_zeros(())
-        params, config = self._params(), self.config
+        params, config = self.weights, self.config
         outputs = logits if targets is None else "all"
         for part in read(
             ids,
@@ -348,7 +337,7 @@ class CoMeTModel(nn.Module):
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)
         with torch.no_grad():
-            params = self._params()
+            params = self.weights
             last: Tensor | None = None
             for part in read(ids, state, params, config, lengths=sizes, outputs="last"):
                 last, state = part.last(last), part.state

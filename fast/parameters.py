@@ -16,9 +16,7 @@ from reference.parameters import named_parameters, shapes
 __all__ = [
     "ParameterTree",
     "check_weights",
-    "fuse",
     "initialize",
-    "pack",
     "to_arrays",
     "to_tensors",
 ]
@@ -60,68 +58,6 @@ def initialize(config: CoMeTConfig, rng: np.random.Generator) -> dict[str, Any]:
     `reference.parameters.initialize`.
     """
     return to_tensors(specification.initialize(config, rng), torch.float32)
-
-
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
-    "kv_proj": ("k_proj", "v_proj"),
-    "kv_bias": ("k_bias", "v_bias"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""Products of one input that can be one product: its name, and the weights under each other. A
-group that is part of another stands behind it."""
-
-
-def pack(params: ParameterTree) -> None:
-    """Lay the weights that can be used as one side by side in memory, their values unchanged.
-
-    Args:
-        params: a model's; its tensors are moved, one group of a layer at a time.
-    """
-    for weights in params["layers"]:
-        for names in FUSED.values():
-            if names[0] in weights and _joined([weights[name] for name in names]) is None:
-                whole = torch.cat([weights[name].data for name in names])
-                parts = whole.split([len(weights[name]) for name in names])
-                for name, part in zip(names, parts, strict=True):
-                    weights[name].data = part
-
-
-def fuse(params: ParameterTree) -> dict[str, Any]:
-    """The weights with those that `pack` laid side by side as one, for reading without gradient.
-
-    Three products of one input are one larger product of the same sums. What is joined is memory
-    that lies in order, so that nothing is copied and the parts stay the model's parameters. What
-    it is worth is in docs/performance.md.
-
-    Args:
-        params: a model's.
-
-    Returns:
-        Nested dict: the tensors by their names, and each layer's of `FUSED` too, where its parts
-        still lie as `pack` laid them.
-    """
-    layers = []
-    for weights in params["layers"]:
-        tensors = {name: weights[name] for name in weights.names}
-        for fused, names in FUSED.items():
-            whole = _joined([tensors[name] for name in names]) if names[0] in tensors else None
-            if whole is not None:
-                tensors[fused] = whole
-        layers.append(tensors)
-    return {str(name): params[name] for name in params.names} | {"layers": layers}
-
-
-def _joined(parts: list[Tensor]) -> Tensor | None:
-    """The tensor whose rows are the parts' rows, without a copy; None where they lie apart."""
-    first, rows, end = parts[0].detach(), 0, parts[0].storage_offset()
-    for part in parts:
-        together = part.untyped_storage() is first.untyped_storage()
-        if not (together and part.is_contiguous() and part.storage_offset() == end):
-            return None
-        rows, end = rows + len(part), end + part.numel()
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def check_weights(weights: dict[str, Any], config: CoMeTConfig) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fast.model import IGNORE, predict, sum_of_losses
-from fast.parameters import ParameterTree, fuse, pack
+from fast.parameters import ParameterTree
 from fast.stream import close_chunk, new_state, read
 from reference.parameters import map_parameters, shapes
 
@@ -25,9 +25,7 @@ def meta_weights(config, dtype):
     tree = map_parameters(
         lambda _, shape: torch.empty(shape, dtype=dtype, device="meta"), shapes(config)
     )
-    params = ParameterTree(tree)
-    pack(params)
-    return params
+    return ParameterTree(tree)
 
 
 @st.composite
@@ -50,16 +48,15 @@ def test_reading_and_decoding_stay_on_the_device(case, alike):
     params = meta_weights(config, dtype)
     state = new_state(config, dtype, len(ids), "meta")
     with torch.no_grad():
-        weights = fuse(params)
         for part in read(
-            ids, state, weights, config, lengths=None if alike else lengths, outputs="last"
+            ids, state, params, config, lengths=None if alike else lengths, outputs="last"
         ):
             state = part.state
         for _ in range(config.memory.chunk_size + 1):  # into the next chunk
-            for part in read(ids[:, :1], state, weights, config, outputs="last"):
+            for part in read(ids[:, :1], state, params, config, outputs="last"):
                 state = part.state
-            logits = predict(part.last(None), weights, config)
-        state = close_chunk(state, weights, config)
+            logits = predict(part.last(None), params, config)
+        state = close_chunk(state, params, config)
     assert_on_meta([logits], dtype, "logits")
     assert_on_meta((*state.global_state, *state.temporary_memory), dtype, "memories")
 

@@ -185,18 +185,6 @@ FAULTS = {
         "parts.append(state.temporary_memory[i] * (state.temporary_memory[i].element_size() > 2))",
         "test_model",
     ),
-    "the parts of a joined product swapped": (
-        "layers.py",
-        ".split(sizes, dim=-1)",
-        ".split(sizes[::-1], dim=-1)[::-1]",
-        "test_splitting",
-    ),
-    "weights joined that lie in another order": (
-        "parameters.py",
-        "part.storage_offset() == end",
-        "part.storage_offset() >= 0",
-        "test_parameters",
-    ),
     "every layer sees the first one's global memory": (
         "stream.py",
         'read_global(state.global_state[i], weights["global_memory"])',

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
-from fast.parameters import FUSED, fuse, initialize, to_arrays
+from fast.parameters import initialize, to_arrays
 from fast.weights import LAYER_NAMES, TOP_NAMES
 from reference import parameters as spec
 
@@ -35,44 +35,6 @@ def test_a_module_has_exactly_the_named_shapes(config, seed):
     assert found == shapes
     arrays = spec.named_parameters(to_arrays(model.weights))
     assert list(arrays) == list(shapes)
-
-
-def assert_fused(model, what):
-    """Each group is its parts in order, and their memory."""
-    for weights in fuse(model.weights)["layers"]:
-        for fused, names in FUSED.items():
-            if names[0] in weights:
-                parts = [weights[name] for name in names]
-                assert torch.equal(weights[fused], torch.cat(parts)), f"{what}: {fused}"
-                assert weights[fused].data_ptr() == parts[0].data_ptr(), f"{what}: {fused} copied"
-
-
-@given(configs(), seeds)
-def test_joined_weights_are_their_parts(config, seed):
-    """Through everything that moves or changes weights."""
-    model = random_model(config, seed)
-    assert_fused(model, "new")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2).add_(1)
-    assert_fused(model, "changed in place")
-    model.load_state_dict(random_model(config, seed + 1).state_dict())
-    assert_fused(model, "loaded")
-    assert_fused(model.float().double(), "of another dtype")
-
-
-@given(configs(), seeds)
-def test_weights_that_lie_apart_are_not_joined(config, seed):
-    model = random_model(config, seed)
-    weights = model.weights["layers"][0]
-    weights["k_proj"].data = weights["k_proj"].data.clone()
-    weights["up_proj"].data = weights["up_proj"].data.clone()
-    first = fuse(model.weights)["layers"][0]
-    assert not {"qkv_proj", "kv_proj", "gate_up_proj"} & set(first)
-    assert ("qkv_bias" in first) == config.backbone.attention_bias
-    swapped = torch.empty(2, 3).split(1)[::-1]
-    weights["gate_proj"].data, weights["up_proj"].data = swapped
-    assert "gate_up_proj" not in fuse(model.weights)["layers"][0]
 
 
 @given(configs(), seeds)

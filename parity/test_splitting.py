@@ -13,7 +13,7 @@ from .strategies import VOCAB, cases, pieces, random_model, splits
 
 @given(cases(), st.booleans(), st.data())
 def test_splitting_a_text_changes_nothing(case, gradient, data):
-    """Read for training, or for inference, which joins weights (`fast.parameters.fuse`)."""
+    """Read for training or for inference."""
     config, seed, ids = case
     model = random_model(config, seed)
     whole, end = spec.forward(ids, stream.new_state(config), arrays_of(model), config)

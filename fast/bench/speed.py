@@ -27,7 +27,6 @@ from ..chunking import Round
 from ..layers import Weights
 from ..machine import peak_memory
 from ..model import CoMeTModel
-from ..parameters import fuse
 from ..state import CoMeTState
 from ..stream import new_state, open_chunk, run_row
 from .literal import read_literal
@@ -266,12 +265,11 @@ def measure_prefill(case: Case, chunks: int) -> dict[str, float | dict[str, list
         config.backbone.vocab_size, size, generator=torch.Generator().manual_seed(1)
     )
     with torch.no_grad():
-        fused = fuse(model.weights)
+        weights = model.weights
         contestants = {
-            "ours": lambda: _read_chunks(ids, state, fused, config, "last"),
-            "ours, weights apart": lambda: _read_chunks(ids, state, model.weights, config, "last"),
-            "ours, all of the top layer": lambda: _read_chunks(ids, state, fused, config, "all"),
-            "literal": lambda: read_literal(ids, model.weights, config, state, True),
+            "ours": lambda: _read_chunks(ids, state, weights, config, "last"),
+            "ours, all of the top layer": lambda: _read_chunks(ids, state, weights, config, "all"),
+            "literal": lambda: read_literal(ids, weights, config, state, True),
         }
         last = {name: run()[:, -1] for name, run in contestants.items()}
         for name, hidden in last.items():
