@@ -39,15 +39,19 @@ def gate(candidate: Tensor, state: Tensor, weights: Weights, saturation: float) 
     Returns:
         [b, m, 1] (scalar) or [b, m, d] (vector), in [0, 1]: the share of the old state kept.
     """
+    joined = torch.cat([candidate, state], dim=-1)  # [b, m, 2d], candidate first
     has_bias = "gate_bias" in weights
     bias = weights["gate_bias"] if has_bias else None
-    logit = linear(torch.cat([candidate, state], dim=-1), weights["gate"], bias)
-    g = sigmoid(logit)
+    g = sigmoid(linear(joined, weights["gate"], bias))
     return g if saturation == 1.0 else torch.clamp(g / saturation, max=1.0)
 
 
 def update_global(
-    state: Tensor | None, readout: Tensor, weights: Weights, config: MemoryConfig
+    state: Tensor | None,
+    readout: Tensor,
+    weights: Weights,
+    config: MemoryConfig,
+    has_state: Tensor | None = None,
 ) -> Tensor:
     """The new state: S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk.
 
@@ -57,15 +61,19 @@ def update_global(
         state: [b, m, d], or None on the first chunk.
         readout: [b, m, d], R'.
         weights: a layer's "global_memory".
+        has_state: [r, 1] int64, 0 where this is the sequence's first chunk, else 1; None is 1 for
+            all. r is 1 or b.
 
     Returns:
         [b, m, d].
     """
-    new = propose(readout, weights, config.global_norm_eps)
+    candidate = propose(readout, weights, config.global_norm_eps)
     if state is None:
-        return new
-    g = gate(new, state, weights, config.gate_saturation)
-    return g * state + (1 - g) * new
+        return candidate
+    g = gate(candidate, state, weights, config.gate_saturation)
+    if has_state is not None:
+        g = g * has_state[..., None]
+    return g * state + (1 - g) * candidate
 
 
 def read_global(state: Tensor, weights: Weights) -> Tensor:

@@ -1,7 +1,8 @@
 """The decoder layer in PyTorch: twin of `reference/layers.py`, with a batch axis in front.
 
 Shapes: b sequences, n new slots, p slots of the row already read, d hidden, h query heads,
-k key and value heads, e head width. Statistics of norms and rotary tables are computed in
+k key and value heads, e head width. Indices and positions are [r, ...]: r is 1 where all sequences
+are alike, else b. Statistics of norms and rotary tables are computed in
 float32 or wider and cast back, whatever the model's dtype.
 """
 
@@ -27,6 +28,7 @@ __all__ = [
     "project_keys_values",
     "project_memory",
     "project_queries",
+    "put_slots",
     "rms_norm",
     "rotary_frequencies",
     "rotary_table",
@@ -124,10 +126,10 @@ def rotary_table(positions: Tensor, config: BackboneConfig) -> tuple[Tensor, Ten
     """Cosine and sine of every position's angles. Twin of `reference.layers.rotary_table`.
 
     Args:
-        positions: [n] or [b, n] integer, on the CPU, so that no device needs float64.
+        positions: [r, n] integer, on the CPU, so that no device needs float64.
 
     Returns:
-        (cos, sin), each [..., n, e / 2] float64 on the CPU.
+        (cos, sin), each [r, n, e / 2] float64 on the CPU.
     """
     angles = positions[..., None].to(torch.float64) * rotary_frequencies(config)
     return torch.cos(angles), torch.sin(angles)
@@ -138,12 +140,12 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
     Args:
         x: [b, heads, n, e].
-        rotation: (cos, sin), each [n, e / 2] or [b, n, e / 2], float32 or wider.
+        rotation: (cos, sin), each [r, n, e / 2], float32 or wider.
 
     Returns:
         [b, heads, n, e] in x's dtype: pairs (x_j, x_{j + e/2}) turned by their slot's angles.
     """
-    cos, sin = (part if part.dim() == 2 else part[:, None] for part in rotation)
+    cos, sin = (part[:, None] for part in rotation)
     first, second = widen(x).chunk(2, dim=-1)  # [b, heads, n, e / 2] each
     turned = [
         torch.addcmul(first * cos, second, sin, value=-1),
@@ -167,14 +169,33 @@ def take_slots(x: Tensor, index: Tensor) -> Tensor:
 
     Args:
         x: [b, n] or [b, n, ...].
-        index: [1, a] int64, the same slots in every sequence, or [b, a].
+        index: [r, a] int64.
 
     Returns:
         [b, a, ...], in the order of the index.
     """
-    if len(index) == 1:
+    if index.shape[0] == 1:
         return x.index_select(1, index[0])
-    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+    return x.gather(1, _spread(index, x))
+
+
+def put_slots(x: Tensor, index: Tensor, new: Tensor) -> None:
+    """Write slots of every sequence, the other way round than `take_slots`.
+
+    Args:
+        x: [b, n, ...], written to.
+        index: [r, a] int64; of slots named twice, any of the values stays.
+        new: [b, a, ...].
+    """
+    if index.shape[0] == 1:
+        x.index_copy_(1, index[0], new)
+    else:
+        x.scatter_(1, _spread(index, new), new)
+
+
+def _spread(index: Tensor, x: Tensor) -> Tensor:
+    """[b, a] for each number of a slot, [b, a, ...]."""
+    return index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
 
 
 def append_slots(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
@@ -183,13 +204,13 @@ def append_slots(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     Args:
         past: [b, k, p, e], the row so far.
         new: [b, k, n, e].
-        positions: [n], all rows alike and continuing at p, or [b, n], where each row continues
-            at its own length.
+        positions: [r, n]; where r is 1 they continue at p, else each row continues at its own
+            length.
 
     Returns:
-        [b, k, p + n, e]: behind a row's own length, any finite value. `past` is not written to.
+        [b, k, p + n, e]: after a row's own length, any finite value. `past` is not written to.
     """
-    if positions.dim() == 1:
+    if positions.shape[0] == 1:
         return torch.cat([past, new], dim=2)
     index = positions[:, None, :, None].expand_as(new)
     return F.pad(past, (0, 0, 0, new.shape[2])).scatter(2, index, new)
@@ -201,18 +222,16 @@ def causal_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor | 
     One mask serves all layers of a round: made once, in the form that attention adds.
 
     Args:
-        positions: [n] or [b, n], positions of the new slots.
+        positions: [r, n], positions of the new slots.
         length: slots of the row, the new ones included.
         dtype: of the queries.
 
     Returns:
-        [n, length] or [b, 1, n, length], 0 or -inf; None where the new slots are the whole row.
+        [r, 1, n, length], 0 or -inf; None where the new slots are the whole row.
     """
-    if positions.dim() == 1 and len(positions) == length:
+    if positions.shape[1] == length:
         return None
-    unseen = torch.arange(length, device=positions.device) > positions[..., None]  # [(b,) n, l]
-    if positions.dim() == 2:
-        unseen = unseen[:, None]
+    unseen = torch.arange(length, device=positions.device) > positions[:, None, :, None]
     return unseen.new_zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
 
 
@@ -229,7 +248,7 @@ def attention(
     Args:
         queries: [b, h, n, e] of the new slots, rotated.
         keys, values: [b, k, l, e] of the whole row; h is a multiple of k.
-        positions: [n] or [b, n], positions of the new slots; a key's index is its position.
+        positions: [r, n], positions of the new slots; a key's index is its position.
         mask: their `causal_mask`, where the caller has it.
 
     Returns:
@@ -349,10 +368,10 @@ def decoder_layer(
     Args:
         hidden: [b, n, d], the new slots.
         keys, values: [b, k, p, e], the row so far at this layer.
-        positions: [n] or [b, n], see `append_slots`.
+        positions: [r, n], see `append_slots`.
         rotation: (cos, sin) of those positions, see `rotary_table`.
         weights: one layer's tensors.
-        outputs: [1, a] or [b, a] int64, the new slots whose output is asked for; None is all. The
+        outputs: [r, a] int64, the new slots whose output is asked for; None is all. The
             others give a key and a value, and nothing more of them is computed.
         mask: `causal_mask` of the new slots, where the caller has it.
 
@@ -364,13 +383,10 @@ def decoder_layer(
     keys = append_slots(keys, new_keys, positions)
     values = append_slots(values, new_values, positions)
     if outputs is not None:
-        hidden, normed = take_slots(hidden, outputs), take_slots(normed, outputs)
-        positions, cos, sin = (
-            # [n, ...] where the rows are alike, else [b, n, ...]
-            take_slots(t[None], outputs)[0] if positions.dim() == 1 else take_slots(t, outputs)
-            for t in (positions, *rotation)
+        hidden, normed, positions, cos, sin = (
+            take_slots(x, outputs) for x in (hidden, normed, positions, *rotation)
         )
-        rotation, mask = (cos, sin), None
+        rotation, mask = (cos, sin), None  # the mask was of all new slots
     queries = project_queries(normed, rotation, weights, config)
     mixed = merge_heads(attention(queries, keys, values, positions, mask))
     hidden = hidden + linear(mixed, weights["o_proj"])

@@ -14,12 +14,24 @@ from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
-from .allocator import keep_memory
-from .layers import Weights, linear, rms_norm, widen
+from .inputs import (
+    IGNORE,
+    check_choice,
+    check_chunk_sizes,
+    check_count,
+    check_ids,
+    check_labels,
+    check_lengths,
+    check_sampling,
+    check_stop_ids,
+    check_vocabulary,
+    zero_padding,
+)
+from .layers import Weights, linear, rms_norm, take_slots, widen
 from .parameters import ParameterTree, check_weights, initialize
-from .sampling import check_sampling, sample
+from .sampling import sample
 from .state import CoMeTState
-from .stream import Reading, close_chunk, columns, join, new_state, read
+from .stream import Reading, close_chunk, join, new_state, read
 from .weights import load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -32,9 +44,6 @@ __all__ = [
     "shift_labels",
     "sum_of_losses",
 ]
-
-IGNORE = -100
-"""Label of a token that is not predicted, as in PyTorch's cross entropy."""
 
 
 def predict(hidden: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
@@ -63,8 +72,8 @@ def shift_labels(labels: Tensor, lengths: np.ndarray) -> Tensor:
         [b, n]: column j is the label of token j + 1; IGNORE from a sequence's last token on.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    behind = np.arange(labels.shape[1]) >= lengths[:, None] - 1
-    return targets.masked_fill(torch.from_numpy(behind).to(labels.device), IGNORE)
+    is_last = np.arange(labels.shape[1]) >= lengths[:, None] - 1
+    return targets.masked_fill(torch.from_numpy(is_last).to(labels.device), IGNORE)
 
 
 def language_loss(logits: Tensor, labels: Tensor, lengths: np.ndarray | None = None) -> Tensor:
@@ -92,31 +101,6 @@ def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _check_integers(name: str, ids: Tensor) -> Tensor:
-    """[b, n] int64 from a caller's [b, n] or [n] integers, or a ValueError."""
-    if not isinstance(ids, Tensor):
-        raise ValueError(
-            f"{name} is a {type(ids).__name__}; expected a tensor, e.g. torch.tensor({name})."
-        )
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise ValueError(f"{name} has dtype {ids.dtype}; expected integers, e.g. {name}.long().")
-    return ids[None].long() if ids.dim() == 1 else ids.long()
-
-
-def _check_count(name: str, value: int, least: int) -> int:
-    """A caller's integer of at least `least`, or a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
-    return int(value)
-
-
-def _check_stop_ids(stop_ids: Collection[int]) -> frozenset[int]:
-    """A caller's stop tokens as a set, or a ValueError."""
-    if not isinstance(stop_ids, Collection) or isinstance(stop_ids, str):
-        raise ValueError(f"stop_ids is {stop_ids!r}; expected ids, e.g. (2,).")
-    return frozenset(_check_count("a stop id", i, 0) for i in stop_ids)
-
-
 @dataclass(frozen=True)
 class CoMeTGeneration:
     """What `generate` returns."""
@@ -133,10 +117,10 @@ class CoMeTOutput:
     """What a call returns."""
 
     state: CoMeTState
-    """Where the streams stand behind the text."""
+    """Where the streams stand after the text."""
 
     logits: Tensor | None
-    """[b, n, vocab] for logits="all", zero behind a sequence's length; [b, 1, vocab], after each
+    """[b, n, vocab] for logits="all", zero after a sequence's length; [b, 1, vocab], after each
     sequence's last token, for "last"; None for "none"."""
 
     loss: Tensor | None
@@ -147,7 +131,7 @@ class CoMeTModel(nn.Module):
     """A decoder-only transformer that reads endless text in linear time and constant memory.
 
     `model(ids)` reads a text, `model(more, state=out.state)` reads on: however a text is split
-    into calls, its logits and the state behind it are the same (a call's loss leaves out the call's
+    into calls, its logits and the state after it are the same (a call's loss leaves out the call's
     own first token). State is a value; nothing hides in the module.
     """
 
@@ -166,7 +150,6 @@ class CoMeTModel(nn.Module):
             ValueError: weights that do not fit the config, or hold NaN or infinity.
         """
         super().__init__()
-        keep_memory()
         self.config = config
         if weights is None:
             weights = initialize(config, np.random.default_rng(seed))
@@ -193,8 +176,7 @@ class CoMeTModel(nn.Module):
         Raises:
             ValueError: batch_size below 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+        check_count("batch_size", batch_size, 1)
         return new_state(self.config, self.dtype, batch_size, self.device)
 
     def close_chunk(self, state: CoMeTState) -> CoMeTState:
@@ -248,21 +230,20 @@ class CoMeTModel(nn.Module):
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, sizes, state = self._check(ids, lengths, state)
-        if logits not in ("all", "last", "none"):
-            raise ValueError(f"logits is {logits!r}; expected 'all', 'last' or 'none'.")
+        check_choice("logits", logits, ("all", "last", "none"))
         if chunk_sizes is not None:
-            chunk_sizes = self._check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
+            chunk_sizes = check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
         if backprop_chunks is not None:
-            _check_count("backprop_chunks", backprop_chunks, 1)
+            check_count("backprop_chunks", backprop_chunks, 1)
+        params, config = self.weights, self.config
         targets = None
         if labels is not None:
-            targets = self._check_targets(labels, ids, sizes)
+            labels = check_labels(labels, ids, sizes, config.backbone.vocab_size)
+            targets = F.pad(shift_labels(labels, sizes), (0, 1), value=IGNORE)  # [b, n + 1]
 
         parts: list[Reading] = []
         last: Tensor | None = None
-        loss = widen(self.weights["norm"]).new_zeros(())
-        params, config = self.weights, self.config
-        outputs = logits if targets is None else "all"
+        loss = widen(params["norm"]).new_zeros(())
         for part in read(
             ids,
             state,
@@ -271,14 +252,14 @@ class CoMeTModel(nn.Module):
             chunk_sizes=chunk_sizes,
             backprop_chunks=backprop_chunks,
             lengths=sizes,
-            outputs=outputs,
+            outputs=logits if targets is None else "all",
         ):
             state = part.state
             if targets is not None:
-                wanted = columns(targets, part.start, part.take, IGNORE)
+                wanted = take_slots(targets, part.row.columns)
                 predicted = wanted != IGNORE
-                rows = predict(part.hidden[predicted], params, config)
-                loss = loss + sum_of_losses(rows, wanted[predicted])
+                scores = predict(part.hidden[predicted], params, config)
+                loss = loss + sum_of_losses(scores, wanted[predicted])
             if logits == "all":
                 parts.append(part)
             elif logits == "last":
@@ -330,14 +311,13 @@ class CoMeTModel(nn.Module):
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, sizes, state = self._check(ids, lengths, state)
-        _check_count("max_new_tokens", max_new_tokens, 0)
-        stop_ids = _check_stop_ids(stop_ids)
+        check_count("max_new_tokens", max_new_tokens, 0)
+        stop_ids = check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
-        config, b = self.config, len(ids)
+        params, config, b = self.weights, self.config, len(ids)
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)
         with torch.no_grad():
-            params = self.weights
             last: Tensor | None = None
             for part in read(ids, state, params, config, lengths=sizes, outputs="last"):
                 last, state = part.last(last), part.state
@@ -350,7 +330,13 @@ class CoMeTModel(nn.Module):
                 ]
                 take = running.astype(np.int64)
                 for part in read(
-                    tokens[:, None], state, params, config, roll=roll, lengths=take, outputs="last"
+                    tokens[:, None],
+                    state,
+                    params,
+                    config,
+                    roll=roll,
+                    lengths=take,
+                    outputs="last",
                 ):
                     last, state = part.last(last), part.state
                 for row, token in enumerate(step):
@@ -390,65 +376,12 @@ class CoMeTModel(nn.Module):
     def _check(
         self, ids: Tensor, lengths: Tensor | Sequence[int] | None, state: CoMeTState | None
     ) -> tuple[Tensor, np.ndarray, CoMeTState]:
-        """The arguments of a call, in their one form, or a ValueError."""
-        ids = _check_integers("ids", ids)
-        if ids.dim() != 2 or ids.numel() == 0:
-            raise ValueError(
-                f"ids has shape {tuple(ids.shape)}; expected [batch, tokens] with at least one of "
-                "each: an empty text has nothing to read."
-            )
-        if ids.device != self.device:
-            raise ValueError(
-                f"ids is on {ids.device}, the model on {self.device}; move one: ids.to(model.device)."
-            )
-        b, n = ids.shape
-        sizes = np.full(b, n) if lengths is None else np.asarray(torch.as_tensor(lengths).cpu())
-        if sizes.shape != (b,) or not np.issubdtype(sizes.dtype, np.integer):
-            raise ValueError(f"lengths is {lengths}; expected {b} integers, one a sequence.")
-        if sizes.min() < 1 or sizes.max() > n:
-            raise ValueError(f"lengths is {sizes.tolist()}; expected 1 to {n} tokens each.")
-        behind = torch.from_numpy(np.arange(n) >= sizes[:, None]).to(ids.device)
-        ids = ids.masked_fill(behind, 0)  # padding may be anything
-        vocab = self.config.backbone.vocab_size
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab:
-            raise ValueError(
-                f"ids range from {low} to {high}; expected [0, {vocab}), the model's vocabulary. "
-                "Is this the model's tokenizer?"
-            )
+        """The arguments of a call in their one form: [b, n], zero in the padding; [b]; a state."""
+        ids = check_ids(ids, self.device)
+        sizes = check_lengths(lengths, *ids.shape)
+        ids = zero_padding(ids, sizes)
+        check_vocabulary(ids, self.config.backbone.vocab_size)
         if state is None:
-            state = self.new_state(b)
-        state.check(self.config, b, self.dtype, self.device)
-        return ids, sizes.astype(np.int64), state
-
-    def _check_targets(self, labels: Tensor, ids: Tensor, sizes: np.ndarray) -> Tensor:
-        labels = _check_integers("labels", labels)
-        if labels.shape != ids.shape or labels.device != ids.device:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, on {labels.device}; expected "
-                f"{tuple(ids.shape)} on {ids.device}, like ids."
-            )
-        vocab = self.config.backbone.vocab_size
-        targets = shift_labels(labels, sizes)  # padding may be anything here too
-        foreign = (targets != IGNORE) & ((targets < 0) | (targets >= vocab))
-        if foreign.any():
-            raise ValueError(
-                f"labels holds {int(targets[foreign][0])}; expected [0, {vocab}), or {IGNORE} for "
-                "a token that is not predicted."
-            )
-        return targets
-
-    def _check_chunk_sizes(
-        self, chunk_sizes: Sequence[int], sizes: np.ndarray, n: int
-    ) -> list[int]:
-        found = [_check_count("chunk_sizes", size, 1) for size in chunk_sizes]
-        if sum(found) != n:
-            raise ValueError(
-                f"chunk_sizes is {found}, {sum(found)} tokens; expected sizes that add up to the "
-                f"text's {n}."
-            )
-        if (sizes != n).any():
-            raise ValueError(
-                "chunk_sizes cuts all sequences alike, but lengths differ; read them one by one."
-            )
-        return found
+            state = self.new_state(len(ids))
+        state.check(self.config, len(ids), self.dtype, self.device)
+        return ids, sizes, state

@@ -41,7 +41,9 @@ class ParameterTree(nn.Module):
                 self.register_parameter(str(name), nn.Parameter(value))
 
     def __getitem__(self, name: str | int) -> Any:
-        return getattr(self, str(name))
+        name = str(name)
+        found = self._parameters.get(name)  # getattr would look everywhere else first
+        return getattr(self, name) if found is None else found
 
     def __contains__(self, name: object) -> bool:
         return name in self.names

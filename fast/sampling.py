@@ -7,17 +7,7 @@ from torch import Tensor
 
 from .layers import widen
 
-__all__ = ["check_sampling", "sample"]
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError unless the arguments of `sample` are in range."""
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected a finite number, 0 for greedy.")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k is {top_k!r}; expected an integer of at least 1, or None.")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}; expected a number in (0, 1], or None.")
+__all__ = ["sample"]
 
 
 def sample(
@@ -48,6 +38,6 @@ def sample(
     if top_k is not None:
         chances[:, top_k:] = 0
     if top_p is not None:
-        before = chances.cumsum(dim=-1) - chances
-        chances = chances.masked_fill(before >= top_p * chances.sum(dim=-1, keepdim=True), 0)
+        likelier = chances.cumsum(dim=-1) - chances
+        chances = chances.masked_fill(likelier >= top_p * chances.sum(dim=-1, keepdim=True), 0)
     return tokens.gather(1, torch.multinomial(chances, 1, generator=generator))[:, 0]

@@ -8,24 +8,37 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reference.config import CoMeTConfig
 
-from .files import atomic_save
-
-if TYPE_CHECKING:
-    from .model import CoMeTModel
+from .checkpoints import read_state, write_state
 
 __all__ = ["CoMeTState"]
 
 COUNTS = ("tokens", "chunks", "open_tokens", "row_length", "queue_length")
 TENSORS = ("global_state", "temporary_memory", "keys", "values")
+ROW = ("keys", "values")
+
+
+class Model(Protocol):
+    """What a state has to know of a model."""
+
+    @property
+    def config(self) -> CoMeTConfig:
+        """The model's config."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of its weights."""
 
 
 def fingerprint(config: CoMeTConfig) -> str:
@@ -77,8 +90,8 @@ class CoMeTState:
     tuple where s = 0."""
 
     keys: tuple[Tensor, ...]
-    """Per layer [b, k, p, e], rotated keys of the open chunk's row, index = position. Empty tuple
-    where no chunk is open."""
+    """Per layer [b, k, p, e], rotated keys of the open chunk's row, index = position. p = 0 where
+    no chunk is open."""
 
     values: tuple[Tensor, ...]
     """Per layer [b, k, p, e], its values."""
@@ -160,11 +173,11 @@ class CoMeTState:
             picked,
             **counts,
             temporary_memory=tuple(t[:, :slots] for t in picked.temporary_memory),
-            keys=tuple(k[:, :, :row] for k in picked.keys) if row else (),
-            values=tuple(v[:, :, :row] for v in picked.values) if row else (),
+            keys=tuple(k[:, :, :row] for k in picked.keys),
+            values=tuple(v[:, :, :row] for v in picked.values),
         )
 
-    def to(self, model: CoMeTModel) -> CoMeTState:
+    def to(self, model: Model) -> CoMeTState:
         """The same state on a model's device and in its dtype."""
         return self.map_tensors(lambda t: t.to(model.device, model.dtype))
 
@@ -198,14 +211,13 @@ class CoMeTState:
         Args:
             path: file to write.
         """
-        counts = {f"count.{name}": torch.from_numpy(getattr(self, name)) for name in COUNTS}
-        tensors = counts | self._tensors()
-        header = {"format": "comet-state", "version": "1", "model": self.model}
-        # Copies: safetensors refuses tensors that share memory, as a new state's counts do.
-        atomic_save(Path(path), {name: t.detach().clone() for name, t in tensors.items()}, header)
+        counts = {name: getattr(self, name) for name in COUNTS}
+        left_out = () if self.row_length.any() else ROW  # of no slots
+        tensors = {name: getattr(self, name) for name in TENSORS if name not in left_out}
+        write_state(Path(path), self.model, counts, tensors)
 
     @classmethod
-    def load(cls, path: str | Path, model: CoMeTModel) -> CoMeTState:
+    def load(cls, path: str | Path, model: Model) -> CoMeTState:
         """Read a state that `save` wrote, onto the model's device and in its dtype.
 
         Args:
@@ -216,49 +228,15 @@ class CoMeTState:
             FileNotFoundError: no such file.
             ValueError: not a state, cut short, or of a model of another config.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a readable safetensors file ({error}); it may be cut short. "
-                "Save the state again."
-            ) from error
-        if header.get("format") != "comet-state" or header.get("version") != "1":
-            raise ValueError(
-                f"{path} is not a CoMeT state (header {json.dumps(header)}); expected a file "
-                "written by CoMeTState.save."
-            )
-        state = cls._from_tensors(header.get("model", ""), tensors, str(path))
-        state = state.to(model)
-        state.check(model.config, state.batch_size, model.dtype, model.device)
+        name, counts, tensors = read_state(Path(path), COUNTS, TENSORS)
+        batch_size, backbone = len(counts["tokens"]), model.config.backbone
+        if not counts["row_length"].any():
+            row = torch.zeros(batch_size, backbone.num_key_value_heads, 0, backbone.head_dim)
+            empty = (row,) * backbone.num_hidden_layers
+            tensors |= {part: tensors[part] or empty for part in ROW}
+        state = cls(model=name, **cast(Any, counts), **cast(Any, tensors)).to(model)
+        state.check(model.config, batch_size, model.dtype, model.device)
         return state
-
-    @classmethod
-    def _from_tensors(cls, model: str, tensors: dict[str, Tensor], origin: str) -> CoMeTState:
-        counts: dict[str, Any] = {}
-        for name in COUNTS:
-            count = tensors.pop(f"count.{name}", None)
-            if count is None or count.dtype != torch.int64 or count.dim() != 1 or not len(count):
-                raise ValueError(
-                    f"{origin} lacks count.{name} as int64 of one dimension; it is not a whole state."
-                )
-            counts[name] = count.numpy()
-        grouped: dict[str, Any] = {}
-        for name in TENSORS:
-            layers = sum(key.rpartition(".")[0] == name for key in tensors)
-            found = [tensors.pop(f"{name}.{layer}", None) for layer in range(layers)]
-            if any(tensor is None for tensor in found):
-                raise ValueError(f"{origin} lacks layers of {name}; it is not a whole state.")
-            grouped[name] = tuple(found)
-        if tensors:
-            raise ValueError(f"{origin} holds {sorted(tensors)}, which no state has.")
-        if not all(t.isfinite().all() for name in TENSORS for t in grouped[name]):
-            raise ValueError(
-                f"{origin} holds NaN or infinity; the stream was lost before it was saved."
-            )
-        return cls(model=model, **counts, **grouped)
 
     def check(
         self,
@@ -294,8 +272,8 @@ class CoMeTState:
         expected = {
             "global_state": (layers if m else 0, (b, m, d)),
             "temporary_memory": (layers if config.memory.has_temporary else 0, (b, None, d)),
-            "keys": (layers if self.row_length.any() else 0, (b, k, None, e)),
-            "values": (layers if self.row_length.any() else 0, (b, k, None, e)),
+            "keys": (layers, (b, k, None, e)),
+            "values": (layers, (b, k, None, e)),
         }
         for name, (number, shape) in expected.items():
             tensors = getattr(self, name)
@@ -323,24 +301,24 @@ class CoMeTState:
                 raise ValueError(
                     f"the state's {name} is {getattr(self, name)}; expected [{b}] >= 0."
                 )
-        held = {
+        rooms = {
             "queue_length": min((t.shape[1] for t in self.temporary_memory), default=0),
-            "row_length": min((t.shape[2] for t in self.keys + self.values), default=0),
+            "row_length": min(t.shape[2] for t in self.keys + self.values),
         }
-        for name, room in held.items():
+        for name, room in rooms.items():
             if getattr(self, name).max() > room:
                 raise ValueError(
                     f"the state's {name} is {getattr(self, name)}, more than the {room} slots it "
                     "holds; the file or the state was changed."
                 )
-        agree = {
+        rules = {
             "queue_length at most temporary_memory_size": self.queue_length
             <= config.memory.temporary_memory_size,
             "tokens at least open_tokens + chunks": self.tokens >= self.open_tokens + self.chunks,
             "row_length at least open_tokens": self.row_length >= self.open_tokens,
             "a row where open_tokens": (self.row_length > 0) == (self.open_tokens > 0),
         }
-        for rule, holds in agree.items():
+        for rule, holds in rules.items():
             if not holds.all():
                 raise ValueError(
                     f"the state breaks the rule {rule!r} in sequences "

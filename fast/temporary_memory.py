@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reference.config import MemoryConfig
 
-from .layers import Weights, adapter, rms_norm
+from .layers import Weights, adapter, rms_norm, take_slots
 
 __all__ = ["queue_entries", "update_temporary"]
 
@@ -40,20 +40,19 @@ def update_temporary(
         queue: [b, q, d], oldest first.
         compression: [b, c, d], C', in the order of the text.
         weights: a layer's "temporary_memory".
-        counts: None where every row is full, else how many of each row's leading slots are
-            entries: ([b] of the queue, [b] of the compression tokens), integers.
+        counts: None where all slots are entries, else how many of each sequence's leading slots
+            are: ([b, 1] of the queue, [b, 1] of the compression tokens), integers.
 
     Returns:
-        [b, min(B, q + c), d]; row i's min(B, queue + compression) entries come first.
+        [b, min(B, q + c), d]; sequence i's min(B, queue + compression) entries come first.
     """
     entries = queue_entries(compression, weights, config.temporary_norm_eps)
-    both = torch.cat([queue, entries], dim=1)
-    size = min(config.temporary_memory_size, both.shape[1])
+    joined = torch.cat([queue, entries], dim=1)
+    size = min(config.temporary_memory_size, joined.shape[1])
     if counts is None:
-        return both[:, both.shape[1] - size :]
-    old, new = (count[:, None] for count in counts)
+        return joined[:, joined.shape[1] - size :]
+    old, new = counts
     dropped = (old + new - config.temporary_memory_size).clamp(min=0)
-    source = torch.arange(size, device=both.device) + dropped  # [b, size], into queue then entries
+    source = torch.arange(size, device=joined.device) + dropped  # [b, size], of queue then entries
     source = torch.where(source < old, source, source - old + queue.shape[1])
-    source = source.clamp(max=both.shape[1] - 1)  # slots behind a row's last entry: any value
-    return both.gather(1, source[..., None].expand(-1, -1, both.shape[-1]))
+    return take_slots(joined, source.clamp(max=joined.shape[1] - 1))  # the rest: any value

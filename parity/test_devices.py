@@ -4,6 +4,8 @@ On the meta device a tensor has a shape and no numbers: what would need one, on 
 tensor of another device, raises. What passes here can be queued on a GPU without a stop.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,14 @@ from reference.parameters import map_parameters, shapes
 from .strategies import configs, corner_lengths
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@contextmanager
+def on_the_device():
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        raise AssertionError(f"a value was asked for, or devices were mixed: {error}") from error
 
 
 def meta_weights(config, dtype):
@@ -47,7 +57,7 @@ def test_reading_and_decoding_stay_on_the_device(case, alike):
     config, dtype, lengths, ids = case
     params = meta_weights(config, dtype)
     state = new_state(config, dtype, len(ids), "meta")
-    with torch.no_grad():
+    with torch.no_grad(), on_the_device():
         for part in read(
             ids, state, params, config, lengths=None if alike else lengths, outputs="last"
         ):
@@ -66,12 +76,13 @@ def test_a_training_step_stays_on_the_device(case):
     config, dtype, lengths, ids = case
     params = meta_weights(config, dtype)
     loss = torch.zeros((), device="meta")
-    for part in read(
-        ids, new_state(config, dtype, len(ids), "meta"), params, config, lengths=lengths
-    ):
-        targets = torch.full(part.hidden.shape[:2], IGNORE, device="meta")
-        loss = loss + sum_of_losses(predict(part.hidden, params, config), targets)
-    loss.backward()
+    with on_the_device():
+        for part in read(
+            ids, new_state(config, dtype, len(ids), "meta"), params, config, lengths=lengths
+        ):
+            targets = torch.full(part.hidden.shape[:2], IGNORE, device="meta")
+            loss = loss + sum_of_losses(predict(part.hidden, params, config), targets)
+        loss.backward()
     found = [p.grad for p in params.parameters() if p.grad is not None]
     assert len(found) > 10
     assert_on_meta(found, dtype, "gradient")

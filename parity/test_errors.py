@@ -99,11 +99,11 @@ def test_an_error_half_way_through_a_text_leaves_the_state(model, state, monkeyp
     before = state.fork()
     calls = []
 
-    def fail_later(*args):
+    def fail_later(*args, **options):
         calls.append(args)
         if len(calls) == 3:
             raise RuntimeError("out of memory")
-        return original(*args)
+        return original(*args, **options)
 
     import fast.stream
 

@@ -23,6 +23,11 @@ def tensor(x):
     return torch.from_numpy(x)
 
 
+def on_device(table):
+    """The reference's rotary table, [n, e / 2] each, for sequences that are alike."""
+    return tuple(tensor(part)[None] for part in table)
+
+
 def layer_of(backbone, seed):
     from fast import CoMeTConfig, MemoryConfig
 
@@ -59,11 +64,11 @@ def test_adapter_linear_sigmoid(seed, d, r):
 def test_rotary_table_and_frequencies(backbone, start):
     positions = np.arange(start, start + 5)
     assert_near(fast.rotary_frequencies(backbone), spec.rotary_frequencies(backbone), "frequencies")
-    found = fast.rotary_table(tensor(positions), backbone)
+    found = fast.rotary_table(tensor(positions)[None], backbone)
     for name, f, e in zip(
         ("cos", "sin"), found, spec.rotary_table(positions, backbone), strict=True
     ):
-        assert_near(f, e, name, 1e-10)  # an ulp of an angle of 1e5 radians is 1.5e-11
+        assert_near(f[0], e, name, 1e-10)  # an ulp of an angle of 1e5 radians is 1.5e-11
 
 
 @given(backbones(), seeds)
@@ -73,7 +78,7 @@ def test_rotate_and_heads(backbone, seed):
     x = normal(rng, B, 5, h * e)
     table = spec.rotary_table(np.arange(3, 8), backbone)
     split = fast.split_heads(tensor(x), h)
-    turned = fast.rotate(split, tuple(map(tensor, table)))
+    turned = fast.rotate(split, on_device(table))
     merged = fast.merge_heads(turned)
     for b in range(B):
         assert_near(split[b], spec.split_heads(x[b], h), "split_heads")
@@ -102,7 +107,7 @@ def test_attention(seed, heads, past, n):
     q = normal(rng, B, h, n, 4)
     keys, values = normal(rng, B, k, past + n, 4), normal(rng, B, k, past + n, 4)
     at = np.arange(past, past + n)
-    found = fast.attention(tensor(q), tensor(keys), tensor(values), tensor(at))
+    found = fast.attention(tensor(q), tensor(keys), tensor(values), tensor(at)[None])
     ragged = fast.attention(
         tensor(q), tensor(keys), tensor(values), tensor(np.broadcast_to(at, (B, n)).copy())
     )
@@ -131,8 +136,8 @@ def test_swiglu_and_keys_values(backbone, seed):
     x = normal(rng, B, 4, backbone.hidden_size)
     assert_twin(fast.swiglu(tensor(x), tw), spec.swiglu(x, w), "swiglu", tensor(x))
     table = spec.rotary_table(np.arange(4), backbone)
-    found = fast.project_keys_values(tensor(x), tuple(map(tensor, table)), tw, backbone)
-    slots = fast.project_memory(tensor(x), tuple(map(tensor, table)), tw, backbone)
+    found = fast.project_keys_values(tensor(x), on_device(table), tw, backbone)
+    slots = fast.project_memory(tensor(x), on_device(table), tw, backbone)
     for b in range(B):
         expected = spec.project_keys_values(x[b], table, w, backbone)
         for name, f, e in zip(("keys", "values"), found, expected, strict=True):
@@ -152,7 +157,7 @@ def test_decoder_layer(backbone, seed, past, n):
     keys, values = normal(rng, *shape), normal(rng, *shape)
     at = np.arange(past, past + n)
     table = spec.rotary_table(at, backbone)
-    args = (tensor(at), tuple(map(tensor, table)), to_tensors(w, torch.float64), backbone)
+    args = (tensor(at)[None], on_device(table), to_tensors(w, torch.float64), backbone)
     found = fast.decoder_layer(tensor(x), tensor(keys), tensor(values), *args)
     for b in range(B):
         expected = spec.decoder_layer(x[b], keys[b], values[b], at, table, w, backbone)
@@ -188,10 +193,12 @@ def test_float32_is_as_exact_as_the_reference_in_float32(backbone, seed):
     x32, none32 = x.astype(np.float32), none.astype(np.float32)
     own = spec.decoder_layer(x32, none32, none32, at, table, w32, backbone)[0]
     assert own.dtype == np.float32
-    t32 = tuple(tensor(t).float() for t in table)
+    t32 = tuple(t.float() for t in on_device(table))
     tw = to_tensors(w, torch.float32)
     empty = tensor(none32)[None]
-    found = fast.decoder_layer(tensor(x32)[None], empty, empty, tensor(at), t32, tw, backbone)[0]
+    found = fast.decoder_layer(
+        tensor(x32)[None], empty, empty, tensor(at)[None], t32, tw, backbone
+    )[0]
     allowed = YARDSTICK * (largest_error(own, exact) + np.finfo(np.float32).eps)
     assert found.dtype == torch.float32
     assert largest_error(found[0], exact) <= allowed

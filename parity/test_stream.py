@@ -51,7 +51,7 @@ def test_what_read_yields_is_the_top_layer_s_output(case):
     expected, _ = spec.read(ids, spec.new_state(config), arrays_of(model), config)
     rounds = list(fast.read(torch.tensor([ids]), model.new_state(), model.weights, config))
     assert_near(fast.join(rounds, len(ids))[0], expected, "hidden")
-    assert sum(int(r.take[0]) for r in rounds) == len(ids)
+    assert sum(int(r.row.take) for r in rounds) == len(ids)
 
 
 @given(cases())

@@ -65,7 +65,7 @@ def test_update_temporary_of_a_ragged_batch_is_each_sequence_alone(seed, size, o
         torch.from_numpy(compression),
         to_tensors(w, torch.float64),
         config(size),
-        (torch.from_numpy(olds), torch.from_numpy(news)),
+        (torch.from_numpy(olds)[:, None], torch.from_numpy(news)[:, None]),
     )
     for b in range(4):
         expected = spec.update_temporary(

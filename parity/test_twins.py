@@ -17,7 +17,7 @@ ELSEWHERE = {
     "stream.detach": "CoMeTState.detach",
     "stream.StreamState": "CoMeTState, batched",
     "stream.read_compression": "joined into run_row, so that no layer's output outlives the layer",
-    "stream.read_token": "rounds of many tokens: chunking.plan_rounds",
+    "stream.read_token": "a round at a time: see chunking.plan_rounds and rows.lay_out",
     "stream.run_row": "takes ids and the round's plan, since it lays the row out too",
     "parameters.map_parameters": "used as it is",
     "parameters.named_parameters": "used as it is",

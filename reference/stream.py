@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -167,8 +168,9 @@ def read_token(
     elif stride and state.open_tokens % stride == 0:
         state = read_compression(state, params, config)
     outputs, state = run_row(params["embed_tokens"][[token]], state, params, config)
-    counts = {"tokens": state.tokens + 1, "open_tokens": state.open_tokens + 1}
-    return outputs[-1], dataclasses.replace(state, **counts)
+    return outputs[-1], dataclasses.replace(
+        state, tokens=state.tokens + 1, open_tokens=state.open_tokens + 1
+    )
 
 
 def close_chunk(state: StreamState, params: Weights, config: CoMeTConfig) -> StreamState:
@@ -247,7 +249,7 @@ def detach(state: StreamState) -> StreamState:
     Returns:
         The state with every array's imaginary part dropped, dtypes kept.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         name: tuple(a.real.astype(a.dtype) for a in getattr(state, name))
         for name in ("global_state", "temporary_memory", "keys", "values")
     }

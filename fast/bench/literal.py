@@ -13,11 +13,12 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig
 
-from ..chunking import lay_out_batch
+from ..chunking import Round
 from ..global_memory import read_global, update_global
 from ..layers import Weights, decoder_layer, rotary_table, take_slots
+from ..rows import lay_out
 from ..state import CoMeTState
-from ..stream import embed
+from ..stream import embed, new_state
 from ..temporary_memory import update_temporary
 
 __all__ = ["read_literal"]
@@ -57,25 +58,27 @@ def read_literal(
     for number, text in enumerate(pieces):
         closes = close_last or number + 1 < len(pieces)
         take = np.array([text.shape[1]])
-        layout = lay_out_batch(np.zeros(1, dtype=np.int64), take, np.array([closes]), memory)
-        hidden = embed(text, torch.from_numpy(layout.source).to(ids.device), params, config)
+        plan = Round(start=0 * take, take=take, close=np.array([closes]))
+        layout = lay_out(new_state(config), plan, memory, text.shape[1])
+        layout = layout.map(lambda x, widths: torch.from_numpy(x).to(ids.device).split(widths, 1))
+        hidden = embed(text, layout.source, params, config)
         for i, weights in enumerate(layers):
             old = states[i]
             seen = [] if old is None else [read_global(old, weights["global_memory"])]
             row = torch.cat([*seen, queues[i], hidden], dim=1)  # [b, m + q + n, d]
             slots = row.shape[1] - hidden.shape[1]
-            positions = torch.arange(row.shape[1])
+            positions = torch.arange(row.shape[1])[None]
             cos, sin = rotary_table(positions, backbone)
             rotation = cos.to(row), sin.to(row)
             positions = positions.to(row.device)
             row, _, _ = decoder_layer(row, none, none, positions, rotation, weights, backbone)
             hidden = row[:, slots:]
-            if layout.compression.size:
-                entries = take_slots(hidden, torch.from_numpy(layout.compression).to(ids.device))
+            if layout.compression.shape[1]:
+                compression = take_slots(hidden, layout.compression)
                 net = weights["temporary_memory"]
-                queues[i] = update_temporary(queues[i], entries, net, memory)
-            if memory.has_global and closes:
-                readout = take_slots(hidden, torch.from_numpy(layout.readout).to(ids.device))
+                queues[i] = update_temporary(queues[i], compression, net, memory)
+            if layout.readout.shape[1]:
+                readout = take_slots(hidden, layout.readout)
                 states[i] = update_global(old, readout, weights["global_memory"], memory)
-        outputs.append(take_slots(hidden, torch.from_numpy(layout.text).to(ids.device)))
+        outputs.append(take_slots(hidden, layout.text))
     return torch.cat(outputs, dim=1)

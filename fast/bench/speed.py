@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
@@ -237,11 +238,12 @@ def _read_chunks(
 ) -> Tensor:
     """Read whole chunks, each closed: [b, w, d] of the last one, see `run_row`."""
     b, size = len(ids), config.memory.chunk_size
-    plan = Round(np.full(b, size), np.ones(b, dtype=bool))
+    plan = Round(np.zeros(b, np.int64), np.full(b, size), np.ones(b, dtype=bool))
     for text in ids.split(size, dim=1):
         state = open_chunk(state, params, config)
-        hidden, state = run_row(text, state, params, config, plan, outputs)
-    return hidden
+        part = run_row(F.pad(text, (0, 1)), state, params, config, plan=plan, outputs=outputs)
+        state = part.state
+    return part.hidden
 
 
 def measure_prefill(case: Case, chunks: int) -> dict[str, float | dict[str, list[float]]]:

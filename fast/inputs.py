@@ -1,0 +1,165 @@
+"""Checks of what a user passes in: each returns the argument in its one form, or says what is wrong.
+
+A message tells the value seen, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "IGNORE",
+    "check_choice",
+    "check_chunk_sizes",
+    "check_count",
+    "check_ids",
+    "check_labels",
+    "check_lengths",
+    "check_sampling",
+    "check_stop_ids",
+    "check_vocabulary",
+    "zero_padding",
+]
+
+IGNORE = -100
+"""Label of a token that is not predicted, as in PyTorch's cross entropy."""
+
+
+def check_count(name: str, value: int, least: int) -> int:
+    """An integer of at least `least`, or a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
+    return int(value)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        wanted = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+        raise ValueError(f"{name} is {value!r}; expected {wanted}.")
+
+
+def _check_integers(name: str, ids: Tensor) -> Tensor:
+    """[b, n] int64 from integers [b, n] or [n], or a ValueError."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(
+            f"{name} is a {type(ids).__name__}; expected a tensor, e.g. torch.tensor({name})."
+        )
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {ids.dtype}; expected integers, e.g. {name}.long().")
+    return ids[None].long() if ids.dim() == 1 else ids.long()
+
+
+def check_ids(ids: Tensor, device: torch.device) -> Tensor:
+    """Text of a call, [b, n] int64 with b and n at least 1, or a ValueError.
+
+    Args:
+        ids: [b, n] or [n] integers.
+        device: the model's.
+    """
+    ids = _check_integers("ids", ids)
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(
+            f"ids has shape {tuple(ids.shape)}; expected [batch, tokens] with at least one of "
+            "each: an empty text has nothing to read."
+        )
+    if ids.device != device:
+        raise ValueError(
+            f"ids is on {ids.device}, the model on {device}; move one: ids.to(model.device)."
+        )
+    return ids
+
+
+def check_lengths(lengths: Tensor | Sequence[int] | None, b: int, n: int) -> np.ndarray:
+    """[b] int64 tokens of each sequence, 1 to n; None is n for all. Else a ValueError."""
+    if lengths is None:
+        return np.full(b, n)
+    found = np.asarray(torch.as_tensor(lengths).cpu())
+    if found.shape != (b,) or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"lengths is {lengths}; expected {b} integers, one a sequence.")
+    if found.min() < 1 or found.max() > n:
+        raise ValueError(f"lengths is {found.tolist()}; expected 1 to {n} tokens each.")
+    return found.astype(np.int64)
+
+
+def zero_padding(ids: Tensor, lengths: np.ndarray) -> Tensor:
+    """[b, n] with zeros after each sequence's length: padding may be anything."""
+    is_padding = np.arange(ids.shape[1]) >= lengths[:, None]
+    return ids.masked_fill(torch.from_numpy(is_padding).to(ids.device), 0)
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless all ids are in [0, vocab_size)."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"ids range from {low} to {high}; expected [0, {vocab_size}), the model's vocabulary. "
+            "Is this the model's tokenizer?"
+        )
+
+
+def check_labels(labels: Tensor, ids: Tensor, lengths: np.ndarray, vocab_size: int) -> Tensor:
+    """Labels, [b, n] int64, or a ValueError.
+
+    Args:
+        labels: [b, n] or [n] integers; a sequence's first, and its padding, may be anything.
+        ids: [b, n], the text.
+        lengths: [b] tokens of each sequence.
+        vocab_size: labels are in [0, vocab_size), or IGNORE.
+    """
+    labels = _check_integers("labels", labels)
+    if labels.shape != ids.shape or labels.device != ids.device:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, on {labels.device}; expected "
+            f"{tuple(ids.shape)} on {ids.device}, like ids."
+        )
+    used = zero_padding(labels, lengths)[:, 1:]
+    foreign = (used != IGNORE) & ((used < 0) | (used >= vocab_size))
+    if foreign.any():
+        raise ValueError(
+            f"labels holds {int(used[foreign][0])}; expected [0, {vocab_size}), or {IGNORE} for "
+            "a token that is not predicted."
+        )
+    return labels
+
+
+def check_chunk_sizes(chunk_sizes: Sequence[int], lengths: np.ndarray, n: int) -> list[int]:
+    """Sizes of a call's chunks, in tokens, that add up to its n, or a ValueError.
+
+    Args:
+        chunk_sizes: integers of at least 1.
+        lengths: [b] tokens of each sequence, which must all be n.
+        n: tokens of the call.
+    """
+    found = [check_count("chunk_sizes", size, 1) for size in chunk_sizes]
+    if sum(found) != n:
+        raise ValueError(
+            f"chunk_sizes is {found}, {sum(found)} tokens; expected sizes that add up to the "
+            f"text's {n}."
+        )
+    if (lengths != n).any():
+        raise ValueError(
+            "chunk_sizes cuts all sequences alike, but lengths differ; read them one by one."
+        )
+    return found
+
+
+def check_stop_ids(stop_ids: Collection[int]) -> frozenset[int]:
+    """Stop tokens as a set, or a ValueError."""
+    if not isinstance(stop_ids, Collection) or isinstance(stop_ids, str):
+        raise ValueError(f"stop_ids is {stop_ids!r}; expected ids, e.g. (2,).")
+    return frozenset(check_count("a stop id", i, 0) for i in stop_ids)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError unless the arguments of `sampling.sample` are in range."""
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; expected a finite number, 0 for greedy.")
+    if top_k is not None:
+        check_count("top_k", top_k, 1)
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p is {top_p}; expected a number in (0, 1], or None.")
