@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
+from .checkpoints import load_checkpoint, save_checkpoint
 from .inputs import (
     IGNORE,
     check_choice,
@@ -32,7 +33,6 @@ from .parameters import ParameterTree, check_weights, initialize
 from .sampling import sample
 from .state import CoMeTState
 from .stream import Reading, close_chunk, join, new_state, read
-from .weights import load_checkpoint, save_checkpoint
 
 __all__ = [
     "IGNORE",

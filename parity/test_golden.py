@@ -20,12 +20,7 @@ from safetensors.torch import load_file
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
 from fast.global_memory import read_global as fast_read
 from fast.parameters import to_arrays, to_tensors
-from fast.weights import (
-    PublishedIds,
-    load_published,
-    published_name,
-    save_published,
-)
+from fast.pretrained import PublishedIds, load_published, published_name, save_published
 from reference import model as spec
 from reference import stream
 from reference.global_memory import read_global

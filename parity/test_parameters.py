@@ -11,7 +11,7 @@ from hypothesis import given
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
 from fast.parameters import initialize, to_arrays
-from fast.weights import LAYER_NAMES, TOP_NAMES
+from fast.pretrained import LAYER_NAMES, TOP_NAMES
 from reference import parameters as spec
 
 from .strategies import configs, random_model, random_weights, seeds

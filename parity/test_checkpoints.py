@@ -1,0 +1,135 @@
+"""Checkpoints: what goes out comes in again, and nothing else comes in."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from safetensors.torch import load_file, save_file
+
+from fast import CoMeTModel
+from fast.checkpoints import load_arrays, save_checkpoint
+from fast.parameters import to_tensors
+from reference import model as spec
+from reference import stream
+from reference.parameters import named_parameters
+
+from .assertions import arrays_of, assert_near
+from .strategies import cases, random_model, random_weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@given(case=cases())
+def test_save_and_load_change_nothing(folder, case):
+    config, seed, ids = case
+    model = random_model(config, seed)
+    model.save_pretrained(folder)
+    again = CoMeTModel.from_pretrained(folder)
+    assert again.config == config
+    assert again.dtype == torch.float64
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
+    logits, _ = spec.forward(ids, stream.new_state(config), arrays_of(model), config)
+    assert_near(again(torch.tensor([ids])).logits[0], logits, "logits")
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    _, arrays = load_arrays(folder)
+    expected = named_parameters(arrays_of(model))
+    assert all(np.array_equal(a, expected[n]) for n, a in named_parameters(arrays).items())
+
+
+def test_the_reference_runs_a_bfloat16_checkpoint(tmp_path, make_config):
+    model = random_model(make_config(), 0).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config, arrays = load_arrays(tmp_path)
+    assert arrays["norm"].dtype == np.float32
+    logits, _ = spec.forward([1, 2, 3], stream.new_state(config, np.float32), arrays, config)
+    assert np.isfinite(logits).all()
+
+
+def saved(tmp_path, make_config):
+    config = make_config()
+    model = random_model(config, 0)
+    model.save_pretrained(tmp_path)
+    return config, model, tmp_path / "config.json", tmp_path / "model.safetensors"
+
+
+def refused(folder, match):
+    with pytest.raises(ValueError, match=match):
+        CoMeTModel.from_pretrained(folder)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, make_config):
+    _, _, config, weights = saved(tmp_path, make_config)
+    whole, text = weights.read_bytes(), config.read_text()
+    for cut in (0, 7, 100, len(whole) - 1):
+        weights.write_bytes(whole[:cut])
+        refused(tmp_path, "cut short")
+    weights.write_bytes(whole)
+    config.write_text(text[: len(text) // 2])
+    refused(tmp_path, "not JSON")
+    config.write_text('{"model_type": "llama"}')
+    refused(tmp_path, "neither a CoMeT config")
+    config.write_text("[1]")
+    refused(tmp_path, "holds a list")
+    config.unlink()
+    with pytest.raises(FileNotFoundError):
+        CoMeTModel.from_pretrained(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path, make_config):
+    _, _, _, path = saved(tmp_path, make_config)
+    whole = load_file(path)
+
+    def with_changes(changes, match):
+        save_file({k: v for k, v in (whole | changes).items() if v is not None}, path)
+        refused(tmp_path, match)
+
+    with_changes({"norm": None}, "lacks the tensor norm")
+    with_changes({"stranger": torch.zeros(1)}, "stranger")
+    with_changes({"norm": torch.ones(7, dtype=torch.float64)}, r"norm has shape \(7,\)")
+    with_changes({"norm": torch.ones(6, dtype=torch.float32)}, "float")
+    bad = whole["layers.1.q_proj"].clone()
+    bad[0, 0] = float("nan")
+    with_changes({"layers.1.q_proj": bad}, "layers.1.q_proj holds NaN")
+
+
+def test_weights_given_as_a_dict_are_checked(make_config):
+    config = make_config()
+    weights = to_tensors(random_weights(config, 0), torch.float32)
+    CoMeTModel(config, weights)
+    weights["norm"][0] = float("inf")
+    with pytest.raises(ValueError, match="norm holds NaN or infinity"):
+        CoMeTModel(config, weights)
+    del weights["norm"]
+    with pytest.raises(ValueError, match=r"lack \['norm'\]"):
+        CoMeTModel(config, weights)
+
+
+def test_nothing_is_ever_unpickled(tmp_path, make_config):
+    _, _, _, path = saved(tmp_path, make_config)
+
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("unpickled",))
+
+    path.write_bytes(pickle.dumps(Bomb()))
+    refused(tmp_path, "not a readable safetensors file")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, make_config, monkeypatch):
+    config, model, path, weights = saved(tmp_path, make_config)
+    before = path.read_bytes(), weights.read_bytes()
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fast.files.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, config, model.weights)
+    assert (path.read_bytes(), weights.read_bytes()) == before
+    assert sorted(tmp_path.iterdir()) == [path, weights]
