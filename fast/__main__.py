@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from .bench import report as bench_report
-from .tasks import passkey, passkey_report
-from .train.passkey import train as train_passkey
+from .tasks import passkey, passkey_report, passkey_training
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        print(f"wrote {train_passkey(args.out, args.seed)}")
+        print(f"wrote {passkey_training.train(args.out, args.seed)}")
 
 
 if __name__ == "__main__":

@@ -11,19 +11,11 @@ import pytest
 import torch
 
 from fast import CoMeTModel
+from fast.__main__ import main
 from fast.tasks import passkey
+from fast.tasks.passkey_recipe import LATE_WINDOWS, LONG, STAGES, Phase, Recipe, small_config
 from fast.tasks.passkey_report import Asked, Part, join_parts, lower_bound, measure
-from fast.train.passkey import (
-    AFTER,
-    LONG,
-    STAGES,
-    Phase,
-    Recipe,
-    Texts,
-    Trainer,
-    small_config,
-    train,
-)
+from fast.tasks.passkey_training import Trainer
 
 
 @pytest.mark.parametrize("variant", passkey.VARIANTS)
@@ -71,7 +63,7 @@ def test_training_meets_nothing_of_the_test_split(recipe, tmp_path):
     test = passkey.read_haystack(split="test")
     told = 0
     for seed in range(5):
-        texts = Texts(trainer, np.random.default_rng(seed), 512, 7)
+        texts = trainer.draw_texts(np.random.default_rng(seed), 512, 7)
         assert all(key % passkey.HELD_OUT for key in texts.keys)
         for row in texts.ids.tolist():
             numbers = re.findall(rb"is (\d+)\. Remember it", bytes(row))
@@ -89,7 +81,7 @@ def test_no_text_of_the_training_is_longer_than_said():
     asked = len(f"\n{passkey.QUESTION} 50000.\n")
     for recipe in STAGES:
         for chunks, most in (pair for phase in recipe.phases for pair in phase.windows):
-            windows = most - 1 + AFTER if recipe.late else most
+            windows = most - 1 + LATE_WINDOWS if recipe.late else most
             assert (chunks * windows + 1) * chunk + asked <= 4096
 
 
@@ -99,7 +91,7 @@ def test_keys_and_answers_are_cut_by_borders_and_come_late(tmp_path):
     trainer = Trainer(small_config(), recipe, tmp_path)
     chunk = small_config().memory.chunk_size
     rng = np.random.default_rng(0)
-    texts = Texts(trainer, rng, window=chunk, windows=9, lead=6)
+    texts = trainer.draw_texts(rng, window=chunk, windows=9, lead=6)
     for row, key, start, end in zip(
         texts.ids.tolist(), texts.keys, texts.starts, texts.ends, strict=True
     ):
@@ -192,15 +184,17 @@ def test_training_goes_on_where_it_stopped(late, tmp_path):
         assert torch.equal(rest.model.state_dict()[name], expected), name
 
 
-def test_the_stages_go_on_from_each_other(tmp_path, monkeypatch):
+def test_the_stages_go_on_from_each_other(tmp_path, monkeypatch, capsys):
     """One command runs them all, and a stage that is done is not done again."""
     stages = [
         dataclasses.replace(recipe, batch_size=2, phases=(Phase(2, ((1, 1),), 1e-2),))
         for recipe in STAGES
     ]
-    monkeypatch.setattr("fast.train.passkey.STAGES", stages)
-    last = train(tmp_path, seed=3)
-    assert last == tmp_path / f"stage{len(STAGES)}" / "model"
+    monkeypatch.setattr("fast.tasks.passkey_training.STAGES", stages)
+    command = ["train", "passkey", "--out", str(tmp_path), "--seed", "3"]
+    last = tmp_path / f"stage{len(STAGES)}" / "model"
+    main(command)
+    assert capsys.readouterr().out == f"wrote {last}\n"
     after = [
         CoMeTModel.from_pretrained(tmp_path / f"stage{i + 1}" / "model").state_dict()
         for i in range(len(STAGES))
@@ -209,7 +203,8 @@ def test_the_stages_go_on_from_each_other(tmp_path, monkeypatch):
         steps = [(b[name] - a[name]).abs().max() for a, b in itertools.pairwise(after)]
         assert all(0 < step < 0.1 for step in steps), f"{name} moved by {steps}"
     written = last.stat().st_mtime_ns
-    again = CoMeTModel.from_pretrained(train(tmp_path, seed=3)).state_dict()
+    main(command)
+    again = CoMeTModel.from_pretrained(last).state_dict()
     assert all(torch.equal(again[name], value) for name, value in after[-1].items())
     assert last.stat().st_mtime_ns == written
 
