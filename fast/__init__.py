@@ -8,6 +8,7 @@ stands, a value to save, load and fork.
 
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 
+from .machine import keep_memory
 from .model import IGNORE, CoMeTGeneration, CoMeTModel, CoMeTOutput
 from .state import CoMeTState
 
@@ -20,4 +21,5 @@ __all__ = [
     "CoMeTOutput",
     "CoMeTState",
     "MemoryConfig",
+    "keep_memory",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .bench import report as bench_report
+from .machine import keep_memory
 from .tasks import passkey, passkey_report, passkey_training
 
 
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.page is not None:
             bench_report.fill(args.page, timed)
     else:
+        keep_memory()
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         print(f"wrote {passkey_training.train(args.out, args.seed)}")

@@ -1,7 +1,8 @@
-"""What a measurement ran on, and how much memory it took."""
+"""The machine: what a measurement ran on, how much memory it took, and how memory is kept."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["machine", "peak_memory"]
+__all__ = ["keep_memory", "machine", "peak_memory"]
 
 
 def machine(how: str) -> str:
@@ -34,3 +35,36 @@ def peak_memory() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+"""Parameters of glibc's mallopt(3)."""
+
+_TOP_PAD_BYTES = 64 * 2**20
+
+
+def keep_memory() -> bool:
+    """Let this process keep the memory that it frees, for its next tensors.
+
+    A large tensor on the CPU is new memory from the operating system, which hands it out page by
+    page, zeroed, each page at the price of a fault. Once freed, it goes back. A stream makes the
+    same tensors chunk after chunk, and would pay each time. What this is worth is in
+    docs/performance.md.
+
+    The setting holds for the whole process, other libraries included, so it is left to the program:
+    call it once, at the start. The process then holds what it needed at most, which for a stream
+    is little more than what it needs all the time. Results are the same.
+
+    Returns:
+        Whether it is so: on another system or with another C library nothing is changed.
+
+    Source: mallopt(3). No block is mapped on its own (M_MMAP_MAX), the heap grows in large steps
+    (M_TOP_PAD) and is not trimmed (M_TRIM_THRESHOLD).
+    """
+    try:
+        library = ctypes.CDLL(None)
+        is_glibc, mallopt = hasattr(library, "gnu_get_libc_version"), library.mallopt
+    except (OSError, TypeError, AttributeError):  # another system, or another C library
+        return False
+    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: _TOP_PAD_BYTES}
+    return is_glibc and all(mallopt(name, value) for name, value in settings.items())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +22,9 @@ from torch import Tensor
 
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 
-from ..allocator import KEEP_VARIABLE
 from ..chunking import Round
 from ..layers import Weights
-from ..machine import peak_memory
+from ..machine import keep_memory, peak_memory
 from ..model import CoMeTModel
 from ..state import CoMeTState
 from ..stream import new_state, open_chunk, run_row
@@ -75,7 +73,7 @@ class Case:
     """One of `MEMORIES`."""
 
     kept: bool = True
-    """Whether the process keeps the memory that it frees (`fast.allocator`), as users' do."""
+    """Whether the process keeps the memory that it frees (`fast.keep_memory`)."""
 
     threads: int = 2
     """Of torch."""
@@ -139,22 +137,21 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> 
 
 
 def in_its_own_process(function: Callable[..., object], case: Case, *more: object) -> object:
-    """What `function(case, *more)` returns, in a new process with the case's allocator and threads.
+    """What `function(case, *more)` returns, in a new process that is set up for the case.
 
     Raises:
         BrokenProcessPool: the process was killed, for want of memory perhaps.
     """
-    before = os.environ.get(KEEP_VARIABLE)
-    os.environ[KEEP_VARIABLE] = "1" if case.kept else "0"
-    try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context, torch.set_num_threads, (case.threads,)) as pool:
-            return pool.submit(function, case, *more).result()
-    finally:
-        if before is None:
-            del os.environ[KEEP_VARIABLE]
-        else:
-            os.environ[KEEP_VARIABLE] = before
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _set_up, (case,)) as pool:
+        return pool.submit(function, case, *more).result()
+
+
+def _set_up(case: Case) -> None:
+    """In the new process, before anything is computed."""
+    torch.set_num_threads(case.threads)
+    if case.kept:
+        keep_memory()
 
 
 def chunk_work(config: CoMeTConfig) -> float:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..files import atomic_write
-from ..machine import machine, peak_memory
+from ..machine import keep_memory, machine, peak_memory
 from ..model import CoMeTModel
 from . import passkey
 
@@ -159,19 +159,20 @@ _all_loaded: Barrier
 """Where the processes of a length wait until all have loaded the model."""
 
 
-def _keep(barrier: Barrier) -> None:
-    """In each process: a barrier cannot be sent to a running one."""
-    global _all_loaded
-    _all_loaded = barrier
-
-
-def _measure_part(asked: Asked, length: int, part: int) -> Part:
-    """Every `shares`th depth from the `part`th on, in a process of its own.
+def _set_up(barrier: Barrier) -> None:
+    """In each process, before it measures: a barrier cannot be sent to a running one.
 
     One thread a process: threads of one process wait for each other at every operation, and on a
     busy machine that costs more than the work.
     """
+    global _all_loaded
+    _all_loaded = barrier
     torch.set_num_threads(1)
+    keep_memory()
+
+
+def _measure_part(asked: Asked, length: int, part: int) -> Part:
+    """Every `shares`th depth from the `part`th on, in a process of its own."""
     folder = None if asked.model is None else Path(asked.model)
     model = passkey.load_model() if folder is None else CoMeTModel.from_pretrained(folder)
     haystack = passkey.read_haystack(asked.haystack) if asked.variant == "prose" else None
@@ -217,7 +218,7 @@ def measure(lengths: Sequence[int], asked: Asked) -> Iterator[Measured]:
     context = multiprocessing.get_context("spawn")
     for length in tqdm(lengths, desc=asked.variant, unit="length"):
         with ProcessPoolExecutor(
-            asked.shares, context, _keep, (context.Barrier(asked.shares),)
+            asked.shares, context, _set_up, (context.Barrier(asked.shares),)
         ) as pool:
             jobs = [pool.submit(_measure_part, asked, length, i) for i in range(asked.shares)]
             parts = [job.result() for job in jobs]
