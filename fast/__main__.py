@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
 import torch
@@ -17,13 +18,31 @@ def main(arguments: list[str] | None = None) -> None:
 
     Args:
         arguments: words of the command line; None is the process's own.
+
+    Raises:
+        SystemExit: with status 2, the command line is wrong, or a package that the command needs
+            is not installed.
     """
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    missing = [name for name in _needed(args) if not _is_installed(name)]
+    if missing:
+        parser.exit(
+            2,
+            f"This command needs {' and '.join(missing)}; run "
+            'pip install "comet-memory[commands]" first.\n',
+        )
+    args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="find pass keys in texts up to a million bytes")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the pictures")
     demo.add_argument("--lengths", type=int, nargs="+", default=list(passkey_report.LENGTHS))
+    demo.set_defaults(run=_demo)
 
     measure = commands.add_parser("eval", help="measure a task")
     measure.add_argument("task", choices=["passkey"])
@@ -36,54 +55,82 @@ def main(arguments: list[str] | None = None) -> None:
     measure.add_argument("--model", help="a checkpoint's folder (default: the shipped model)")
     measure.add_argument("--haystack", help="a text file (default: the built-in text)")
     measure.add_argument("--out", type=Path, help="folder for results and pictures")
+    measure.set_defaults(run=_measure)
 
     bench = commands.add_parser("bench", help="measure speed and memory, side by side")
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
     bench.add_argument("--quick", action="store_true", help="a few rows, in minutes")
     bench.add_argument("--page", type=Path, help="a Markdown page to put tables and pictures into")
+    bench.set_defaults(run=_bench)
 
     train = commands.add_parser("train", help="train a model; goes on where it stopped")
     train.add_argument("task", choices=["passkey"])
     train.add_argument("--out", type=Path, default=Path("runs/passkey"), help="folder of the run")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--threads", type=int, help="threads to compute with (default: all)")
+    train.set_defaults(run=_train)
     for command in (demo, measure):
         command.add_argument("--processes", type=int, help="processes of one thread each to share "
                              "the depths among (default: one a core)")  # fmt: skip
-    args = parser.parse_args(arguments)
+    return parser
 
-    if args.command == "demo":
-        passkey_report.demo(args.out, args.lengths, args.processes)
-    elif args.command == "eval":
-        asked = passkey_report.Asked(
-            args.variant,
-            args.keys,
-            args.tails,
-            args.seed,
-            args.processes,
-            args.model,
-            args.haystack,
-        )
-        file = None if args.out is None else args.out / f"{args.variant}.json"
-        results = passkey_report.collect(args.lengths, asked, file)
-        print(f"\n{passkey_report.table(results, args.variant)}")
-        print(f"\n{passkey_report.footer(asked)}")
-        if args.out is not None:
-            for path in passkey_report.draw(results, args.variant, args.out):
-                print(f"wrote {path}")
-    elif args.command == "bench":
-        jobs = bench_report.QUICK if args.quick else bench_report.JOBS
-        timed = bench_report.run(args.out / "quick" if args.quick else args.out, jobs)
-        for section in bench_report.tables(timed).values():
-            print(f"\n{section}")
-        print(f"\n{bench_report.footer()}")
-        if args.page is not None:
-            bench_report.fill(args.page, timed)
-    else:
-        keep_memory()
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        print(f"wrote {passkey_training.train(args.out, args.seed)}")
+
+def _needed(args: argparse.Namespace) -> list[str]:
+    """Packages of the extra `commands` that a command uses, matplotlib only where it draws."""
+    draws = (
+        args.command == "demo"
+        or (args.command == "eval" and args.out is not None)
+        or (args.command == "bench" and args.page is not None)
+    )
+    return ["tqdm", "matplotlib"] if draws else ["tqdm"]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
+def _demo(args: argparse.Namespace) -> None:
+    passkey_report.demo(args.out, args.lengths, args.processes)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    asked = passkey_report.Asked(
+        args.variant,
+        args.keys,
+        args.tails,
+        args.seed,
+        args.processes,
+        args.model,
+        args.haystack,
+    )
+    file = None if args.out is None else args.out / f"{args.variant}.json"
+    results = passkey_report.collect(args.lengths, asked, file)
+    print(f"\n{passkey_report.table(results, args.variant)}")
+    print(f"\n{passkey_report.footer(asked)}")
+    if args.out is not None:
+        for path in passkey_report.draw(results, args.variant, args.out):
+            print(f"wrote {path}")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    jobs = bench_report.QUICK if args.quick else bench_report.JOBS
+    timed = bench_report.run(args.out / "quick" if args.quick else args.out, jobs)
+    for section in bench_report.tables(timed).values():
+        print(f"\n{section}")
+    print(f"\n{bench_report.footer()}")
+    if args.page is not None:
+        bench_report.fill(args.page, timed)
+
+
+def _train(args: argparse.Namespace) -> None:
+    keep_memory()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    print(f"wrote {passkey_training.train(args.out, args.seed)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..files import atomic_write
 from ..machine import machine
@@ -92,6 +91,8 @@ def run(folder: Path, jobs: Sequence[Job] = JOBS) -> list[dict[str, Any]]:
     Returns:
         Per job: "section", "case", "more" and "result".
     """
+    from tqdm import tqdm  # of the extra `commands`
+
     results: list[dict[str, Any]] = []
     for job in tqdm(jobs, unit="job"):
         result = speed.in_its_own_process(MEASURES[job.section], job.case, *job.more)
@@ -255,7 +256,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         results: of `run`; those of the section "length" are drawn.
         path: an SVG file.
     """
-    import matplotlib as mpl
+    import matplotlib as mpl  # of the extra `commands`
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..files import atomic_write
 from ..machine import keep_memory, machine, peak_memory
@@ -215,6 +214,8 @@ def measure(lengths: Sequence[int], asked: Asked) -> Iterator[Measured]:
     Raises:
         BrokenProcessPool: a process was killed, for want of memory perhaps.
     """
+    from tqdm import tqdm  # of the extra `commands`
+
     context = multiprocessing.get_context("spawn")
     for length in tqdm(lengths, desc=asked.variant, unit="length"):
         with ProcessPoolExecutor(
@@ -276,7 +277,7 @@ def draw(results: Sequence[Measured], variant: str, folder: Path) -> list[Path]:
     Returns:
         The PNG files.
     """
-    import matplotlib as mpl
+    import matplotlib as mpl  # of the extra `commands`
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from reference.config import CoMeTConfig
 
@@ -136,6 +135,8 @@ class Trainer:
         Args:
             save_every: steps between checkpoints, taken where a batch of texts ends.
         """
+        from tqdm import tqdm  # of the extra `commands`
+
         bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", smoothing=0.02)
         saved = self.step
         while self.step < self.recipe.steps:

@@ -1,0 +1,54 @@
+"""What an import brings with it, and what a command says when a package is missing."""
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCKED = """
+import sys
+sys.modules |= dict.fromkeys(("matplotlib", "tqdm"))  # None: an import of it fails
+"""
+
+
+def run_python(script, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_model_needs_no_package_of_the_commands():
+    """Nor does it bring the rooms above it: tasks, bench, published checkpoints."""
+    script = f"""{BLOCKED}
+import fast
+above = ("fast.tasks", "fast.bench", "fast.pretrained")
+print([name for name in sys.modules if name.startswith(above)])
+"""
+    run = run_python(script)
+    assert (run.returncode, run.stdout) == (0, "[]\n"), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["demo"], "tqdm and matplotlib"),
+        (["eval", "passkey"], "tqdm"),
+        (["eval", "passkey", "--out", "FOLDER"], "tqdm and matplotlib"),
+        (["bench"], "tqdm"),
+        (["bench", "--page", "FOLDER/page.md"], "tqdm and matplotlib"),
+        (["train", "passkey"], "tqdm"),
+    ],
+)
+def test_a_command_says_what_to_install(words, missing, tmp_path):
+    """Before it does anything else."""
+    words = [word.replace("FOLDER", str(tmp_path)) for word in words]
+    run = run_python(f"{BLOCKED}\nfrom fast.__main__ import main\nmain()", *words)
+    expected = f'This command needs {missing}; run pip install "comet-memory[commands]" first.\n'
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_package_of_the_commands():
+    run = run_python(f"{BLOCKED}\nfrom fast.__main__ import main\nmain()", "--help")
+    assert run.returncode == 0, run.stderr
+    assert "demo" in run.stdout
