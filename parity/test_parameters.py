@@ -86,7 +86,11 @@ BACKBONE = {
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"qk_norm": 1}, "qk_norm is 1; expected True or False"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is one of"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "'factor'.* is None"),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            "is {'rope_type': 'linear'}; expected .* a finite number above 0.0 under 'factor'",
+        ),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type is one of"),
     ],
 )
 def test_a_bad_backbone_says_what_is_wrong(changes, match):

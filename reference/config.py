@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 ROPE_TYPES = {
@@ -13,38 +14,93 @@ ROPE_TYPES = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+"""Kinds of rope_scaling, and the numbers that each needs."""
+
+Check = Callable[[Any], str | None]
+"""What a field may hold: called with a value, it returns None, or the words for what it expected."""
+
+
+def _is_number(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)  # True is an int in Python
+
+
+def _expect(words: str, fits: Callable[[Any], bool]) -> Check:
+    return lambda value: None if fits(value) else words
+
+
+def _integer(least: int) -> Check:
+    words = f"an integer of at least {least}"
+    return _expect(words, lambda v: _is_number(v, int) and v >= least)
+
+
+def _number(above: float, most: float = math.inf) -> Check:
+    words = f"a finite number above {above}" + (f" and at most {most}" if most < math.inf else "")
+    return _expect(
+        words, lambda v: _is_number(v, int, float) and above < v <= most and v < math.inf
+    )
+
+
+def _optional(check: Check) -> Check:
+    return lambda v: None if v is None or check(v) is None else f"None or {check(v)}"
+
+
+def _rope_scaling(value: Any) -> str | None:
+    kind = value.get("rope_type") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        return f"a dict whose rope_type is one of {sorted(ROPE_TYPES)}"
+    for name in ROPE_TYPES[kind]:
+        if words := _number(0.0)(value.get(name)):
+            return f"a dict with {words} under {name!r}, which rope_type {kind!r} needs"
+    return None
+
+
+_FLAG = _expect("True or False", lambda v: isinstance(v, bool))
+_EVEN = _expect(
+    "an even number of at least 2, for rotary pairs",
+    lambda v: _is_number(v, int) and v >= 2 and v % 2 == 0,
+)
+
+BACKBONE_CHECKS: dict[str, Check] = {
+    "vocab_size": _integer(1),
+    "hidden_size": _integer(1),
+    "intermediate_size": _integer(1),
+    "num_hidden_layers": _integer(1),
+    "num_attention_heads": _integer(1),
+    "num_key_value_heads": _integer(1),
+    "head_dim": _EVEN,
+    "rms_norm_eps": _number(0.0),
+    "rope_theta": _number(0.0),
+    "rope_scaling": _optional(_rope_scaling),
+    "qk_norm": _FLAG,
+    "attention_bias": _FLAG,
+    "tie_word_embeddings": _FLAG,
+}
+
+MEMORY_CHECKS: dict[str, Check] = {
+    "chunk_size": _integer(1),
+    "global_memory_size": _integer(0),
+    "temporary_memory_size": _integer(0),
+    "compression_stride": _integer(0),
+    "adapter_rank": _integer(1),
+    "gate": _expect("'scalar' or 'vector'", lambda v: v in ("scalar", "vector")),
+    "gate_bias": _FLAG,
+    "gate_saturation": _number(0.0, 1.0),
+    "trailing_compression": _FLAG,
+    "global_norm_eps": _optional(_number(0.0)),
+    "temporary_norm_eps": _number(0.0),
+}
+
+
+def _check_fields(config: Any, checks: Mapping[str, Check]) -> None:
+    """Raise a ValueError for the first field whose value its check refuses."""
+    for name, value in vars(config).items():
+        if words := checks[name](value):
+            raise ValueError(f"{type(config).__name__}.{name} is {value!r}; expected {words}.")
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _require_integer(owner: Any, name: str, least: int) -> None:
-    value = getattr(owner, name)
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    _require(
-        is_integer and value >= least,
-        f"{type(owner).__name__}.{name} is {value!r}; expected an integer of at least {least}.",
-    )
-
-
-def _require_number(owner: Any, name: str, least: float, most: float = math.inf) -> None:
-    value = getattr(owner, name)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(
-        is_number and math.isfinite(value) and least < value <= most,
-        f"{type(owner).__name__}.{name} is {value!r}; expected a finite number above {least}"
-        + (f" and at most {most}." if most < math.inf else "."),
-    )
-
-
-def _require_flag(owner: Any, name: str) -> None:
-    value = getattr(owner, name)
-    _require(
-        isinstance(value, bool),
-        f"{type(owner).__name__}.{name} is {value!r}; expected True or False.",
-    )
 
 
 @dataclass(frozen=True)
@@ -93,46 +149,12 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):  # the caller may change its own
             object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        ):
-            _require_integer(self, name, 1)
-        _require_integer(self, "head_dim", 2)
-        _require(
-            self.head_dim % 2 == 0,
-            f"head_dim is {self.head_dim}; expected an even number, for rotary pairs.",
-        )
+        _check_fields(self, BACKBONE_CHECKS)
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads "
             f"{self.num_key_value_heads} does not divide; choose a divisor.",
         )
-        _require_number(self, "rms_norm_eps", 0.0)
-        _require_number(self, "rope_theta", 0.0)
-        for name in ("qk_norm", "attention_bias", "tie_word_embeddings"):
-            _require_flag(self, name)
-        if self.rope_scaling is not None:
-            self._check_rope_scaling(self.rope_scaling)
-
-    @staticmethod
-    def _check_rope_scaling(scaling: dict[str, Any]) -> None:
-        _require(
-            isinstance(scaling, dict) and scaling.get("rope_type") in ROPE_TYPES,
-            f"rope_scaling is {scaling!r}; expected None or a dict whose rope_type is one of "
-            f"{sorted(ROPE_TYPES)}.",
-        )
-        for name in ROPE_TYPES[scaling["rope_type"]]:
-            value = scaling.get(name)
-            _require(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0,
-                f"rope_scaling[{name!r}] is {value!r}; rope_type {scaling['rope_type']!r} needs a "
-                "positive number there.",
-            )
 
 
 @dataclass(frozen=True)
@@ -176,27 +198,13 @@ class MemoryConfig:
     """Added to the mean square in the norm of the temporary memory's entries."""
 
     def __post_init__(self) -> None:
-        _require_integer(self, "chunk_size", 1)
-        _require_integer(self, "global_memory_size", 0)
-        _require_integer(self, "temporary_memory_size", 0)
-        _require_integer(self, "compression_stride", 0)
-        _require_integer(self, "adapter_rank", 1)
+        _check_fields(self, MEMORY_CHECKS)
         _require(
             self.compression_stride == 0 or self.temporary_memory_size >= 1,
             f"temporary_memory_size is {self.temporary_memory_size} with compression_stride "
             f"{self.compression_stride}; give the queue at least one slot, or turn it off with "
             "compression_stride=0.",
         )
-        _require(
-            self.gate in ("scalar", "vector"),
-            f"gate is {self.gate!r}; expected 'scalar' or 'vector'.",
-        )
-        _require_number(self, "gate_saturation", 0.0, 1.0)
-        _require_number(self, "temporary_norm_eps", 0.0)
-        if self.global_norm_eps is not None:
-            _require_number(self, "global_norm_eps", 0.0)
-        for name in ("gate_bias", "trailing_compression"):
-            _require_flag(self, name)
 
     @property
     def has_global(self) -> bool:
@@ -207,6 +215,12 @@ class MemoryConfig:
     def has_temporary(self) -> bool:
         """Whether there is a temporary memory."""
         return self.compression_stride > 0
+
+
+CONFIG_CHECKS: dict[str, Check] = {
+    "backbone": _expect("a BackboneConfig", lambda v: isinstance(v, BackboneConfig)),
+    "memory": _expect("a MemoryConfig", lambda v: isinstance(v, MemoryConfig)),
+}
 
 
 @dataclass(frozen=True)
@@ -220,14 +234,7 @@ class CoMeTConfig:
     """The memories."""
 
     def __post_init__(self) -> None:
-        _require(
-            isinstance(self.backbone, BackboneConfig),
-            f"backbone is a {type(self.backbone).__name__}; expected a BackboneConfig.",
-        )
-        _require(
-            isinstance(self.memory, MemoryConfig),
-            f"memory is a {type(self.memory).__name__}; expected a MemoryConfig.",
-        )
+        _check_fields(self, CONFIG_CHECKS)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of every field, fit for JSON."""
@@ -269,21 +276,18 @@ class CoMeTConfig:
 
 
 def _section(kind: type, data: Any) -> Any:
+    """One of the two configs from a dict of its fields."""
     _require(
         isinstance(data, dict),
         f"{kind.__name__} is {type(data).__name__} in the config; expected a dict of its fields.",
     )
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(data) - known)
+    fields = dataclasses.fields(kind)
+    known = sorted(f.name for f in fields)
+    unknown = sorted(set(data) - set(known))
     _require(
         not unknown,
-        f"{kind.__name__} has no field {', '.join(unknown)}; known are {', '.join(sorted(known))}.",
+        f"{kind.__name__} has no field {', '.join(unknown)}; known are {', '.join(known)}.",
     )
-    required = {
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    missing = sorted(required - set(data))
+    missing = sorted(f.name for f in fields if f.default is MISSING and f.name not in data)
     _require(not missing, f"{kind.__name__} lacks {', '.join(missing)}; give every field.")
     return kind(**data)
