@@ -120,11 +120,10 @@ def random_sizes(
     Raises:
         ValueError: fewer tokens than the minimum, or bounds that no number of chunks meets.
     """
-    _check_bounds(num_tokens, max_num_chunks, min_chunk_size, max_chunk_size)
-    fewest, most = _numbers_of_chunks(num_tokens, max_num_chunks, min_chunk_size, max_chunk_size)
-    if fewest > most:
-        raise ValueError(_impossible(num_tokens, max_num_chunks, min_chunk_size, max_chunk_size))
-    sizes = [min_chunk_size] * int(rng.integers(fewest, most + 1))
+    bounds = max_num_chunks, min_chunk_size, max_chunk_size
+    _check_bounds(num_tokens, *bounds)
+    possible = _numbers_of_chunks(num_tokens, *bounds)
+    sizes = [min_chunk_size] * int(rng.integers(possible.start, possible.stop))
     has_room = [i for i in range(len(sizes)) if min_chunk_size < max_chunk_size]
     for _ in range(num_tokens - sum(sizes)):
         pick = int(rng.integers(len(has_room)))
@@ -160,8 +159,6 @@ def at_boundaries(
         ValueError: fewer tokens than the minimum, or bounds that no cut meets.
     """
     _check_bounds(len(ids), max_num_chunks, min_chunk_size, max_chunk_size)
-    if not _can_cut(len(ids), max_num_chunks, min_chunk_size, max_chunk_size):
-        raise ValueError(_impossible(len(ids), max_num_chunks, min_chunk_size, max_chunk_size))
     sizes: list[int] = []
     start = 0
     while start < len(ids):
@@ -169,7 +166,7 @@ def at_boundaries(
         possible = [
             size
             for size in range(min(max_chunk_size, rest), min_chunk_size - 1, -1)
-            if size == rest or _can_cut(rest - size, left, min_chunk_size, max_chunk_size)
+            if _numbers_of_chunks(rest - size, left, min_chunk_size, max_chunk_size)
         ]
         welcome = [size for size in possible if int(ids[start + size - 1]) in boundary_ids]
         sizes.append((welcome or possible)[0])
@@ -177,9 +174,18 @@ def at_boundaries(
     return sizes
 
 
+def _numbers_of_chunks(
+    num_tokens: int, max_num_chunks: int, min_chunk_size: int, max_chunk_size: int
+) -> range:
+    """Numbers of chunks that can hold the text; empty where none can."""
+    fewest = -(-num_tokens // max_chunk_size)
+    return range(fewest, min(num_tokens // min_chunk_size, max_num_chunks) + 1)
+
+
 def _check_bounds(
     num_tokens: int, max_num_chunks: int, min_chunk_size: int, max_chunk_size: int
 ) -> None:
+    """Raise a ValueError where no cut keeps the bounds."""
     _at_least("max_num_chunks", max_num_chunks, 1)
     _at_least("min_chunk_size", min_chunk_size, 1)
     if max_chunk_size < min_chunk_size:
@@ -192,27 +198,9 @@ def _check_bounds(
             f"num_tokens is {num_tokens}, fewer than min_chunk_size {min_chunk_size}; lower the "
             "minimum or give more text."
         )
-
-
-def _numbers_of_chunks(
-    num_tokens: int, max_num_chunks: int, min_chunk_size: int, max_chunk_size: int
-) -> tuple[int, int]:
-    """Fewest and most chunks that hold the text; none fit where fewest > most."""
-    fewest = -(-num_tokens // max_chunk_size)
-    return fewest, min(num_tokens // min_chunk_size, max_num_chunks)
-
-
-def _can_cut(
-    num_tokens: int, max_num_chunks: int, min_chunk_size: int, max_chunk_size: int
-) -> bool:
-    fewest, most = _numbers_of_chunks(num_tokens, max_num_chunks, min_chunk_size, max_chunk_size)
-    return fewest <= most
-
-
-def _impossible(
-    num_tokens: int, max_num_chunks: int, min_chunk_size: int, max_chunk_size: int
-) -> str:
-    return (
-        f"no cut of {num_tokens} tokens into at most {max_num_chunks} chunks of {min_chunk_size} "
-        f"to {max_chunk_size} tokens exists; allow more chunks or widen the bounds."
-    )
+    if not _numbers_of_chunks(num_tokens, max_num_chunks, min_chunk_size, max_chunk_size):
+        raise ValueError(
+            f"no cut of {num_tokens} tokens into at most {max_num_chunks} chunks of "
+            f"{min_chunk_size} to {max_chunk_size} tokens exists; allow more chunks or widen the "
+            "bounds."
+        )
