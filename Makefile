@@ -4,30 +4,32 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench lint thorough clean
+.PHONY: help demo test bench lint thorough clean
 
-demo: $(READY)
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## find pass keys hidden anywhere in up to a million bytes
 	$(BIN)/python -m fast demo
 
-test: $(READY)
+test: $(READY) ## the whole suite, on all cores
 	$(BIN)/python -m pytest parity/ -n auto -q
 
-# QUICK=1: a few rows, in minutes; the page is left as it is.
-bench: $(READY)
+bench: $(READY) ## fill docs/performance.md anew; QUICK=1: a few rows, in minutes, the page stays
 	$(BIN)/python -m fast bench $(if $(QUICK),--quick,--page docs/performance.md)
 
-thorough: $(READY)
+thorough: $(READY) ## the suite with 3,000 examples a property
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest parity/ -n auto -q
 
-lint: $(READY)
+lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+clean: ## remove the environment and the runs
+	rm -rf $(VENV) runs
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
-
-clean:
-	rm -rf $(VENV) runs
