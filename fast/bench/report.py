@@ -204,7 +204,7 @@ def _decoding(results: Sequence[dict[str, Any]]) -> str:
             timed = Timed(seconds)
             ours, full = timed.median("ours"), timed.median("full attention")
             rows.append(f"{_name(r)} | {int(n):,} | {1e3 * ours:.2f} | {1e3 * full:.2f}")
-    return _table("model | chunk/m/B | text behind | ours, ms | full attention, ms", rows)
+    return _table("model | chunk/m/B | text read | ours, ms | full attention, ms", rows)
 
 
 def _training(results: Sequence[dict[str, Any]]) -> str:

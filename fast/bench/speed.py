@@ -1,8 +1,8 @@
 """Speed and memory, side by side: ours, the literal schedule, full attention.
 
-A case is a model's size, a memory setting and an allocator, in a process of its own. Its contestants
-take turns, each timed once a round, so that a busy moment of the machine meets all of them; medians
-are compared. Before that, those that say the same are held to the same result.
+A case is a model's size and a memory setting, in a process of its own that keeps freed memory or
+not. Its contestants take turns, each timed once a round, so that a busy moment of the machine meets
+all of them; medians are compared. Before that, those that say the same are held to the same result.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> Callable[[], object]:
 
 
 def _steady_state(case: Case) -> CoMeTState:
-    """A state behind a long text: both memories full, of random numbers, no chunk open."""
+    """A state after a long text: both memories full, of random numbers, no chunk open."""
     memory, d = case.config.memory, case.config.backbone.hidden_size
     layers, b = case.config.backbone.num_hidden_layers, case.batch_size
     ones = np.ones(b, dtype=np.int64)
@@ -315,7 +315,7 @@ def _reading(model: CoMeTModel, length: int, batch_size: int) -> Callable[[], ob
 def measure_decoding(
     case: Case, lengths: Sequence[int], tokens: int
 ) -> dict[int, dict[str, list[float]]]:
-    """Generating behind texts of several lengths: ours, full attention with its keys kept.
+    """Generating after texts of several lengths: ours, full attention with its keys kept.
 
     Args:
         case: what to measure.
