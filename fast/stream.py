@@ -1,8 +1,8 @@
 """The stream in PyTorch: twin of `reference/stream.py`, batched.
 
 A call becomes rounds (`chunking.plan_rounds`). In a round, `run_row` lays out the new slots of every
-sequence's open row (`rows.lay_out`) and runs them up the layers in one pass: text, compression
-tokens and, where chunks close, readout tokens. A state's tensors are never written to. Throughout,
+sequence's open row (`rows.lay_out`) and runs them up the layers in one pass (`cells.run_layers`):
+text, compression tokens and, where chunks close, readout tokens. A state's tensors are never written to. Throughout,
 `params` are a model's weights under the names of `reference.parameters.shapes`, and `config` is its
 `CoMeTConfig`.
 """
@@ -21,36 +21,22 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig
 
+from .cells import Rotation, Tensors, run_layers
 from .chunking import Round, plan_rounds
-from .global_memory import read_global, update_global
-from .layers import (
-    Weights,
-    causal_mask,
-    decoder_layer,
-    project_memory,
-    put_slots,
-    rotary_table,
-    take_slots,
-)
+from .global_memory import read_global
+from .layers import Weights, project_memory, put_slots, rotary_table, take_slots
 from .rows import Row, count_round, lay_out
 from .state import CoMeTState, fingerprint
-from .temporary_memory import update_temporary
 
 __all__ = [
     "Reading",
     "close_chunk",
-    "embed",
     "join",
     "new_state",
     "open_chunk",
     "read",
-    "run_layer",
-    "run_layers",
     "run_row",
 ]
-
-Rotation = tuple[Tensor, Tensor]
-Tensors = tuple[Tensor, ...]
 
 
 def new_state(
@@ -157,138 +143,6 @@ def open_chunk(
         keys.append(_where_rows(opens, _fit(k, longest), _fit(state.keys[i], longest)))
         values.append(_where_rows(opens, _fit(v, longest), _fit(state.values[i], longest)))
     return dataclasses.replace(state, row_length=row_length, keys=tuple(keys), values=tuple(values))
-
-
-def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
-    """Embeddings of a round's slots.
-
-    Args:
-        text: [b, w] ids, the text tokens of the round.
-        source: [r, n], see `Row`.
-
-    Returns:
-        [b, n, d].
-    """
-    table = params["embed_tokens"]
-    parts = [F.embedding(text, table)]
-    if config.memory.has_temporary:
-        parts.append(params["compression_embedding"].expand(len(text), 1, -1))
-    else:  # no slot points at it
-        parts.append(table.new_zeros(len(text), 1, table.shape[1]))
-    if config.memory.has_global:
-        parts.append(params["readout_embeddings"].expand(len(text), -1, -1))
-    return take_slots(torch.cat(parts, dim=1), source)
-
-
-def run_layer(
-    hidden: Tensor,
-    row: Row,
-    rotation: Rotation,
-    mask: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    global_state: Tensor | None,
-    queue: Tensor | None,
-    weights: Weights,
-    config: CoMeTConfig,
-    outputs: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One cell: a round's new slots through one layer, and that layer's memories updated.
-
-    Args:
-        hidden: [b, n, d], the new slots.
-        row: their layout, on the device.
-        rotation: (cos, sin) of their positions.
-        mask: their `causal_mask`.
-        keys, values: [b, k, p, e], the rows so far.
-        global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
-        weights: the layer's.
-        outputs: `row.outputs` at the top layer, else None.
-
-    Returns:
-        hidden [b, n or a, d], keys and values [b, k, p + n, e], global state and queue.
-    """
-    memory = config.memory
-    hidden, keys, values = decoder_layer(
-        hidden,
-        keys,
-        values,
-        row.positions,
-        rotation,
-        weights,
-        config.backbone,
-        outputs=outputs,
-        mask=mask,
-    )
-    c, m = row.compression.shape[1], row.readout.shape[1]
-    if queue is not None and c:
-        if outputs is None:
-            compression = take_slots(hidden, row.compression)
-        else:
-            compression = hidden[:, outputs.shape[1] - m - c : outputs.shape[1] - m]
-        counts = None if row.entries.shape[0] == 1 else (row.queue_length, row.entries)
-        net = weights["temporary_memory"]
-        queue = update_temporary(queue, compression, net, memory, counts)
-    if global_state is not None and m:
-        if outputs is None:
-            readout = take_slots(hidden, row.readout)
-        else:
-            readout = hidden[:, outputs.shape[1] - m :]
-        net = weights["global_memory"]
-        new = update_global(global_state, readout, net, memory, row.has_state)
-        global_state = torch.where(row.closes[..., None] > 0, new, global_state)
-    return hidden, keys, values, global_state, queue
-
-
-def run_layers(
-    text: Tensor,
-    row: Row,
-    rotation: Rotation,
-    keys: Tensors,
-    values: Tensors,
-    global_state: Tensors,
-    queue: Tensors,
-    params: Weights,
-    config: CoMeTConfig,
-) -> tuple[Tensor, Tensors, Tensors, Tensors, Tensors]:
-    """A round's new slots up the layers: tensors in, tensors out.
-
-    Nothing here asks a tensor for its value, and nothing depends on one: it can be compiled whole.
-
-    Args:
-        text: [b, w] ids, the text tokens of the round.
-        row, rotation: as in `run_layer`.
-        keys, values: per layer [b, k, p, e], the rows so far.
-        global_state, queue: per layer, as in the state; empty where there is no such memory.
-
-    Returns:
-        [b, w, d], see `Reading.hidden`; then keys, values, global state and queues after the round.
-    """
-    hidden = embed(text, row.source, params, config)  # [b, n, d]
-    mask = causal_mask(row.positions, keys[0].shape[2] + hidden.shape[1], hidden.dtype)
-    top = len(keys) - 1
-    cells = []
-    for i, weights in enumerate(params["layers"]):
-        hidden, *cell = run_layer(
-            hidden,
-            row,
-            rotation,
-            mask,
-            keys[i],
-            values[i],
-            global_state[i] if global_state else None,
-            queue[i] if queue else None,
-            weights,
-            config,
-            row.outputs if i == top else None,
-        )
-        cells.append(cell)
-    if row.outputs is None:
-        hidden = take_slots(hidden, row.text)
-    else:  # text comes first there
-        hidden = hidden[:, : hidden.shape[1] - row.compression.shape[1] - row.readout.shape[1]]
-    all_keys, all_values, states, queues = zip(*cells, strict=True)
-    return hidden, all_keys, all_values, states if global_state else (), queues if queue else ()
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,10 @@ def test_an_error_half_way_through_a_text_leaves_the_state(model, state, monkeyp
             raise RuntimeError("out of memory")
         return original(*args, **options)
 
-    import fast.stream
+    import fast.cells
 
-    original = fast.stream.decoder_layer
-    monkeypatch.setattr("fast.stream.decoder_layer", fail_later)
+    original = fast.cells.decoder_layer
+    monkeypatch.setattr("fast.cells.decoder_layer", fail_later)
     with pytest.raises(RuntimeError, match="out of memory"):
         model(TEXT.repeat(1, 4), state=state)
     assert_state_equal(state, before, "the state passed in")

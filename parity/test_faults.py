@@ -240,7 +240,7 @@ FAULTS = {
         "test_rows::test_a_row_is_what_a_scan_over_its_tokens_lays",
     ),
     "ragged padding leaking into the queue": (
-        "stream.py",
+        "cells.py",
         "(row.queue_length, row.entries)",
         "(row.queue_length, 0 * row.entries + row.compression.shape[1])",
         "test_batches::test_a_ragged_batch_is_each_sequence_alone",
@@ -258,7 +258,7 @@ FAULTS = {
         "test_batches::test_a_ragged_batch_is_each_sequence_alone",
     ),
     "a sequence that goes on gets another's closing": (
-        "stream.py",
+        "cells.py",
         "torch.where(row.closes[..., None] > 0, new, global_state)",
         "new",
         "test_batches::test_a_ragged_batch_is_each_sequence_alone",

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig
 
+from ..cells import embed
 from ..chunking import Round
 from ..global_memory import read_global, update_global
 from ..layers import Weights, decoder_layer, rotary_table, take_slots
 from ..rows import lay_out
 from ..state import CoMeTState
-from ..stream import embed, new_state
+from ..stream import new_state
 from ..temporary_memory import update_temporary
 
 __all__ = ["read_literal"]
