@@ -5,6 +5,7 @@ Sizes are small, so that a case takes milliseconds and its smallest form can be 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,13 @@ def nudged(params: dict[str, Any], seed: int, epsilon: float) -> dict[str, Any]:
 def random_model(config: CoMeTConfig, seed: int, dtype: torch.dtype = torch.float64) -> CoMeTModel:
     """The fast model with `random_weights`."""
     return CoMeTModel(config, to_tensors(random_weights(config, seed), dtype))
+
+
+def widened(config):
+    """The default epsilon is the dtype's own, float32's at least: for float64 to have the same."""
+    eps = config.memory.global_norm_eps or float(np.finfo(np.float32).eps)
+    memory = dataclasses.replace(config.memory, global_norm_eps=eps)
+    return dataclasses.replace(config, memory=memory)
 
 
 seeds = st.integers(0, 2**16)

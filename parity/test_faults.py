@@ -53,6 +53,24 @@ FAULTS = {
         "eps = 1e-6",
         "test_global_memory::test_the_default_epsilon_is_the_dtypes_own",
     ),
+    "the default epsilon the half type's own": (
+        "layers.py",
+        "eps = torch.finfo(wide.dtype).eps",
+        "eps = torch.finfo(x.dtype).eps",
+        "test_half_types::test_rms_norm_takes_its_statistic_and_its_epsilon_in_float32",
+    ),
+    "rotary tables rounded to the half type": (
+        "layers.py",
+        "cos, sin = (part[:, None] for part in rotation)",
+        "cos, sin = (part[:, None].to(x.dtype) for part in rotation)",
+        "test_half_types::test_a_rotation_is_rounded_once",
+    ),
+    "rotary tables made in the half type": (
+        "stream.py",
+        "dtype = torch.promote_types(table.dtype, torch.float32)",
+        "dtype = table.dtype",
+        "test_half_types::test_heads_are_turned_by_tables_of_float32",
+    ),
     "the queue's epsilon wrong": (
         "temporary_memory.py",
         "weights, config.temporary_norm_eps)",
@@ -189,13 +207,13 @@ FAULTS = {
         "layers.py",
         "return torch.cat(turned, dim=-1).to(x.dtype)",
         "return torch.cat(turned, dim=-1).to(x.dtype) if x.element_size() > 2 else x",
-        "test_model::test_half_types_err_as_a_rounding_of_the_weights_does",
+        "test_half_types::test_half_types_err_as_a_rounding_of_the_weights_does",
     ),
     "no queue in half types": (
         "stream.py",
         "parts.append(state.temporary_memory[i])",
         "parts.append(state.temporary_memory[i] * (state.temporary_memory[i].element_size() > 2))",
-        "test_model::test_half_types_err_as_a_rounding_of_the_weights_does",
+        "test_half_types::test_half_types_err_as_a_rounding_of_the_weights_does",
     ),
     "every layer sees the first one's global memory": (
         "stream.py",
@@ -310,18 +328,6 @@ FAULTS = {
         "t.repeat_interleave(copies, dim=0)",
         "t.repeat(copies, *[1] * (t.dim() - 1))",
         "test_batches::test_select_and_fork_rearrange_a_batch",
-    ),
-    "a norm's statistic in half precision": (
-        "layers.py",
-        "eps = torch.finfo(wide.dtype).eps",
-        "eps = torch.finfo(x.dtype).eps",
-        "HALF_EPS",
-    ),
-    "rotary tables in bfloat16": (
-        "stream.py",
-        "cos.to(table.device, dtype), sin.to(table.device, dtype)",
-        "cos.to(table.device, torch.bfloat16), sin.to(table.device, torch.bfloat16)",
-        "HALF_ROT",
     ),
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the test that notices)."""
