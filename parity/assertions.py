@@ -17,10 +17,10 @@ TOLERANCE = 2e-12
 """float64: largest error, relative to max(1, largest magnitude of the expected tensor)."""
 
 YARDSTICK = 4.0
-"""float32, against the float64 reference: the largest error of a layer may be at most 4 (own + 1
-epsilon), of a whole text 4 (own + 8 epsilons), own being that of the reference run in float32.
-float64, over streams of a dozen chunks: at most 4 times what a rounding of the weights does to the
-reference, where that is more than `TOLERANCE`."""
+"""float32, against the float64 reference: over a whole text the largest error may be at most
+4 (own + 8 epsilons), own being that of the reference run in float32; of one layer, the typical
+error at most 4 (own + 1 epsilon). float64, over streams of a dozen chunks: at most 4 times what a
+rounding of the weights does to the reference, where that is more than `TOLERANCE`."""
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 """Types narrower than float32. The reference is not run in them: they err from its float64."""

@@ -94,13 +94,13 @@ def layer(seed, dtype):
 
 def places(positions):
     """Positions of a batch of one, as `fast` takes them."""
-    return torch.from_numpy(positions)
+    return torch.from_numpy(positions)[None]
 
 
 def rotation(positions, backbone):
     """Their rotary table as a model makes it, and the reference's."""
     table = spec.rotary_table(positions, backbone)
-    return tuple(torch.from_numpy(t).float() for t in table), table
+    return tuple(torch.from_numpy(t)[None].float() for t in table), table
 
 
 @half
