@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,30 @@ REFERENCE_GOLDEN, FAST_GOLDEN = 1e-11, 1e-10
 largest recorded magnitude of the tensor)."""
 
 
+@dataclass
+class Notes:
+    """What the summary after a run tells of a test; `conftest.py` clears and reads them."""
+
+    cases: int = 0
+    """Examples that ran to their end."""
+
+    nearest: tuple[float, float] | None = None
+    """The error and the limit of the comparison whose error is the largest share of its limit."""
+
+
+NOTES = Notes()
+"""Notes of the running test."""
+
+
+def record(error: float, limit: float) -> None:
+    """Note a comparison, if none so far came nearer to its limit."""
+    if NOTES.nearest is None or error * NOTES.nearest[1] > NOTES.nearest[0] * limit:
+        NOTES.nearest = float(error), float(limit)
+
+
 def assert_at_most(error: float, limit: float, what: str) -> None:
     """An error within its limit; not a number is not."""
+    record(error, limit)
     assert error <= limit, f"{what}: error {error:.3e}, allowed {limit:.1e}"
 
 
@@ -101,6 +124,7 @@ def assert_near(found: Any, expected: Any, what: str, tolerance: float | None = 
     f, e = array(found), array(expected)
     assert f.shape == e.shape, f"{what}: shape {f.shape}, expected {e.shape}"
     tolerance = TOLERANCE if tolerance is None else tolerance
+    record(largest_error(f, e), tolerance)
     limit = tolerance * max(1.0, float(np.max(np.abs(e), initial=0.0)))
     wrong = ~(np.abs(f - e) <= limit)  # NaN is wrong too
     if wrong.any():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fast import BackboneConfig, CoMeTConfig, MemoryConfig
+
+from .assertions import NOTES
 
 COMMON = {
     "deadline": None,
@@ -34,6 +38,56 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden",
         help="folder of recorded cases, with a manifest.json (default: parity/golden)",
     )
+
+
+def counted(test):
+    """A test's function that notes each of its examples that ran."""
+
+    @wraps(test)
+    def run(*args, **kwargs):
+        result = test(*args, **kwargs)
+        NOTES.cases += 1
+        return result
+
+    return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Keep a test's notes as its properties, which a worker process sends with its report."""
+    NOTES.cases, NOTES.nearest = 0, None
+    hypothesis = getattr(getattr(item, "obj", None), "hypothesis", None)
+    if hypothesis:
+        inner = hypothesis.inner_test
+        hypothesis.inner_test = counted(inner)
+    try:
+        return (yield)
+    finally:
+        if hypothesis:
+            hypothesis.inner_test = inner
+        item.user_properties += [("cases", NOTES.cases or 1), ("nearest", NOTES.nearest)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A line a law: its cases, and the comparison of all of them that came nearest to its limit."""
+    cases, nearest = defaultdict(int), defaultdict(list)
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        notes = dict(getattr(report, "user_properties", ()))
+        if "cases" in notes and report.when == "call" and not report.skipped:
+            law = report.nodeid.split("[")[0].rpartition("/")[2].replace(".py", "")
+            cases[law] += notes["cases"]
+            nearest[law] += [notes["nearest"]] if notes["nearest"] else []
+    if not cases:
+        return
+    width = max(map(len, cases))
+    terminalreporter.section("laws")
+    terminalreporter.line(f"{'law':{width}}  {'cases':>6}  {'worst':>8}  {'allowed':>8}")
+    for law, count in sorted(cases.items()):
+        line = f"{law:{width}}  {count:6}"
+        if nearest[law]:
+            error, limit = max(nearest[law], key=lambda pair: pair[0] / pair[1])
+            line += f"  {error:8.1e}  {limit:8.1e}"
+        terminalreporter.line(line)
 
 
 @pytest.fixture

@@ -14,7 +14,13 @@ from fast import CoMeTState
 from reference import model as spec
 from reference import stream
 
-from .assertions import arrays_of, assert_logits, assert_same_stream, assert_state_equal
+from .assertions import (
+    NOTES,
+    arrays_of,
+    assert_logits,
+    assert_same_stream,
+    assert_state_equal,
+)
 from .strategies import VOCAB, configs, random_model, seeds
 
 
@@ -84,6 +90,7 @@ class Streams(RuleBasedStateMachine):
         self.same(pair, "later")
 
     def teardown(self):
+        NOTES.cases += 1
         if hasattr(self, "folder"):
             self.folder.cleanup()
 
