@@ -98,7 +98,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    asked = passkey_report.Asked(
+    setting = passkey_report.Setting(
         args.variant,
         args.keys,
         args.tails,
@@ -108,9 +108,9 @@ def _measure(args: argparse.Namespace) -> None:
         args.haystack,
     )
     file = None if args.out is None else args.out / f"{args.variant}.json"
-    results = passkey_report.collect(args.lengths, asked, file)
+    results = passkey_report.collect(args.lengths, setting, file)
     print(f"\n{passkey_report.table(results, args.variant)}")
-    print(f"\n{passkey_report.footer(asked)}")
+    print(f"\n{passkey_report.footer(setting)}")
     if args.out is not None:
         for path in passkey_report.draw(results, args.variant, args.out):
             print(f"wrote {path}")

@@ -56,7 +56,7 @@ def run_layer(
     queue: Tensor | None,
     weights: Weights,
     config: CoMeTConfig,
-    outputs: Tensor | None = None,
+    queried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """One cell: a round's new slots through one layer, and that layer's memories updated.
 
@@ -68,7 +68,7 @@ def run_layer(
         keys, values: [b, k, p, e], the rows so far.
         global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
         weights: the layer's.
-        outputs: `row.outputs` at the top layer, else None.
+        queried: `row.queried` at the top layer, else None.
 
     Returns:
         hidden [b, n or a, d], keys and values [b, k, p + n, e], global state and queue.
@@ -82,23 +82,23 @@ def run_layer(
         rotation,
         weights,
         config.backbone,
-        outputs=outputs,
+        queried=queried,
         mask=mask,
     )
     c, m = row.compression.shape[1], row.readout.shape[1]
     if queue is not None and c:
-        if outputs is None:
+        if queried is None:
             compression = take_slots(hidden, row.compression)
         else:
-            compression = hidden[:, outputs.shape[1] - m - c : outputs.shape[1] - m]
+            compression = hidden[:, queried.shape[1] - m - c : queried.shape[1] - m]
         counts = None if row.entries.shape[0] == 1 else (row.queue_length, row.entries)
         net = weights["temporary_memory"]
         queue = update_temporary(queue, compression, net, memory, counts)
     if global_state is not None and m:
-        if outputs is None:
+        if queried is None:
             readout = take_slots(hidden, row.readout)
         else:
-            readout = hidden[:, outputs.shape[1] - m :]
+            readout = hidden[:, queried.shape[1] - m :]
         net = weights["global_memory"]
         new = update_global(global_state, readout, net, memory, row.has_state)
         global_state = torch.where(row.closes[..., None] > 0, new, global_state)
@@ -143,10 +143,10 @@ def run_layers(
             queue[i] if queue else None,
             weights,
             config,
-            row.outputs if i == top else None,
+            row.queried if i == top else None,
         )
         cells.append(cell)
-    if row.outputs is None:
+    if row.queried is None:
         hidden = take_slots(hidden, row.text)
     else:  # text comes first there
         hidden = hidden[:, : hidden.shape[1] - row.compression.shape[1] - row.readout.shape[1]]

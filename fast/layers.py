@@ -359,7 +359,7 @@ def decoder_layer(
     rotation: tuple[Tensor, Tensor],
     weights: Weights,
     config: BackboneConfig,
-    outputs: Tensor | None = None,
+    queried: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pre-norm decoder layer over new slots of a row. Twin of
@@ -371,7 +371,7 @@ def decoder_layer(
         positions: [r, n], see `append_slots`.
         rotation: (cos, sin) of those positions, see `rotary_table`.
         weights: one layer's tensors.
-        outputs: [r, a] int64, the new slots whose output is asked for; None is all. The
+        queried: [r, a] int64, the new slots that get a query, and so an output; None is all. The
             others give a key and a value, and nothing more of them is computed.
         mask: `causal_mask` of the new slots, where the caller has it.
 
@@ -382,9 +382,9 @@ def decoder_layer(
     new_keys, new_values = project_keys_values(normed, rotation, weights, config)
     keys = append_slots(keys, new_keys, positions)
     values = append_slots(values, new_values, positions)
-    if outputs is not None:
+    if queried is not None:
         hidden, normed, positions, cos, sin = (
-            take_slots(x, outputs) for x in (hidden, normed, positions, *rotation)
+            take_slots(x, queried) for x in (hidden, normed, positions, *rotation)
         )
         rotation, mask = (cos, sin), None  # the mask was of all new slots
     queries = project_queries(normed, rotation, weights, config)

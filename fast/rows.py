@@ -60,7 +60,7 @@ class Row:
     readout: Index
     """[r, m]: slots of the readout tokens; [r, 0] where no chunk closes."""
 
-    outputs: Index | None
+    queried: Index | None
     """[r, a]: slots whose output the top layer computes: some text, then those of `compression`,
     then those of `readout`; None is all, in the row's order."""
 
@@ -101,7 +101,7 @@ class Row:
 
 
 def lay_out(
-    state: CoMeTState, plan: Round, memory: MemoryConfig, end: int, outputs: str = "all"
+    state: CoMeTState, plan: Round, memory: MemoryConfig, num_columns: int, outputs: str = "all"
 ) -> Row:
     """Lay a round out.
 
@@ -109,7 +109,7 @@ def lay_out(
         state: where the streams stand; rows with new slots have been opened. Only counts are read.
         plan: what each sequence reads, and whether its chunk closes.
         memory: chunking and memories.
-        end: columns of the call.
+        num_columns: of the call.
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
 
     Returns:
@@ -124,34 +124,35 @@ def lay_out(
     )  # [7, b]
     if (counts == counts[:, :1]).all():
         counts = counts[:, :1]
-    start, take, closes, before, row_length, queue_length, has_state = counts[..., None]  # [r, 1]
-    after = before + take  # text tokens in the chunk
+    start, take, closes, old, row_length, queue_length, has_state = counts[..., None]  # [r, 1]
+    tokens = old + take  # text tokens in the chunk, those of earlier rounds first
     trailing = closes * (memory.has_temporary and memory.trailing_compression)
-    groups, groups_after = (np.maximum(t - 1, 0) // stride for t in (before, after))
-    first, laid = before + groups, after + groups_after  # slots laid before the round, and after
+    old_groups, groups = (np.maximum(t - 1, 0) // stride for t in (old, tokens))
+    first, laid = old + old_groups, tokens + groups  # slots laid before this round, and with it
     new = laid - first  # [r, 1] slots of text and of full groups
-    entries = groups_after - groups + trailing
+    entries = groups - old_groups + trailing
     widest, slots = int(take.max()), int((new + trailing + m * closes).max())
 
     j = np.arange(slots)
     group, rest = np.divmod(first + j, stride + 1)
-    source = np.where(rest == stride, widest, group * stride + rest - before)
+    source = np.where(rest == stride, widest, group * stride + rest - old)
     source = np.where(j < new, source, widest + 1 - trailing + j - new)
     source = np.where(j < new + trailing + m * closes, source, 0)
 
     j = np.arange(widest)
     is_text = j < take
-    columns = np.where(is_text, start + j, end)
-    text = np.where(is_text, before + j + (before + j) // stride - first, 0)
+    columns = np.where(is_text, start + j, num_columns)
+    text = np.where(is_text, old + j + (old + j) // stride - first, 0)
     j = np.arange(int(entries.max()))
-    compression = np.minimum((groups + j) * (stride + 1) + stride, laid) - first
+    compression = np.minimum((old_groups + j) * (stride + 1) + stride, laid) - first
     compression = np.where(j < entries, compression, 0)
     readout = closes * (new + trailing + np.arange(m if closes.any() else 0))
     last = np.maximum(take - 1, 0)
-    asked = None
+    queried = None
     if outputs != "all":
-        text_asked = np.take_along_axis(text, last, axis=1) if outputs == "last" else text[:, :0]
-        asked, last = np.concatenate([text_asked, compression, readout], axis=1), 0 * last
+        asked = np.take_along_axis(text, last, axis=1) if outputs == "last" else text[:, :0]
+        queried = np.concatenate([asked, compression, readout], axis=1)
+        last = 0 * last
     return Row(
         columns=columns,
         source=source,
@@ -159,7 +160,7 @@ def lay_out(
         text=text,
         compression=compression,
         readout=readout,
-        outputs=asked,
+        queried=queried,
         last=last,
         take=take,
         entries=entries,

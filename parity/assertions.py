@@ -57,7 +57,7 @@ more; in any text, and at the median of the texts. 0.75 and 0.5 were measured.""
 
 GRADIENT_TOLERANCE = 1e-12
 """Largest error of a directional derivative, float64, relative to max(1, sum of the magnitudes that
-it adds up): terms that cancel leave their rounding behind."""
+it adds up): terms that cancel leave their rounding."""
 
 REFERENCE_GOLDEN, FAST_GOLDEN = 1e-11, 1e-10
 """Largest error against the recorded numbers of the published implementation, relative to max(1,

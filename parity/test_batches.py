@@ -31,7 +31,7 @@ def batches(draw):
 
 
 def padded(rows, fill, extra=0):
-    """The rows side by side, with columns behind the longest one too."""
+    """The rows side by side, with columns after the longest one too."""
     widest = max(map(len, rows)) + extra
     return torch.tensor([[*row, *[fill] * (widest - len(row))] for row in rows])
 

@@ -152,7 +152,7 @@ FAULTS = {
     "a mask of all slots for the few asked for": (
         "layers.py",
         "rotation, mask = (cos, sin), None",
-        "rotation, mask = (cos, sin), None if mask is None else mask[..., : outputs.shape[1], :]",
+        "rotation, mask = (cos, sin), None if mask is None else mask[..., : queried.shape[1], :]",
         "test_splitting::test_asking_for_fewer_outputs_changes_nothing_else",
     ),
     "the row's indices left on the host": (
@@ -182,7 +182,7 @@ FAULTS = {
     "positions not counting memory slots": (
         "rows.py",
         "positions=row_length +",
-        "positions=before +",
+        "positions=old +",
         "test_stream::test_every_call_leaves_the_reference_s_state",
     ),
     "memory slots at positions of their own": (
@@ -236,7 +236,7 @@ FAULTS = {
     "the last partial group's compression token forgotten": (
         "rows.py",
         "trailing = closes *",
-        "trailing = closes * (after % stride == 0) *",
+        "trailing = closes * (tokens % stride == 0) *",
         "test_rows::test_a_row_is_what_a_scan_over_its_tokens_lays",
     ),
     "readout order reversed": (
@@ -271,7 +271,7 @@ FAULTS = {
     ),
     "padding written over the first column": (
         "rows.py",
-        "np.where(is_text, start + j, end)",
+        "np.where(is_text, start + j, num_columns)",
         "np.where(is_text, start + j, 0)",
         "test_batches::test_a_ragged_batch_is_each_sequence_alone",
     ),

@@ -75,7 +75,7 @@ def test_the_gradient_of_every_parameter(case):
 
 @given(cases())
 def test_truncating_backpropagation_really_cuts_it(case):
-    """A token before the cut gets no gradient, one behind it does; values stay the same."""
+    """A token before the cut gets no gradient, one after it does; values stay the same."""
     config, seed, ids = case
     size = config.memory.chunk_size
     n = 3 * size
@@ -111,7 +111,7 @@ def test_truncation_counts_chunks(make_config, chunks):
     model = random_model(config, 0)
     model(torch.arange(28)[None], backprop_chunks=chunks).logits[0, -1].sum().backward()
     grad = model.weights["embed_tokens"].grad.abs().sum(-1)
-    border = (6 // chunks) * chunks * 4  # six chunks of four closed behind 28 tokens
+    border = (6 // chunks) * chunks * 4  # six chunks of four closed after 28 tokens
     assert (grad[:border] == 0).all()
     assert (grad[border:24] > 0).any() or border == 24
     assert grad[27] > 0

@@ -173,7 +173,7 @@ def test_append_slots_puts_every_slot_at_its_position(seed, past, n):
     counts = rng.integers(0, n + 1, B)
     old, new = normal(rng, B, 1, past, 2), normal(rng, B, 1, n, 2)
     offset = np.arange(n)
-    at = lengths[:, None] + offset  # padding behind a row's own slots
+    at = lengths[:, None] + offset  # padding after a row's own slots
     found = fast.append_slots(tensor(old), tensor(new), tensor(at))
     for b in range(B):
         expected = np.concatenate([old[b, 0, : lengths[b]], new[b, 0, : counts[b]]])

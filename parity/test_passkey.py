@@ -14,7 +14,7 @@ from fast import CoMeTModel
 from fast.__main__ import main
 from fast.tasks import passkey
 from fast.tasks.passkey_recipe import LATE_WINDOWS, LONG, STAGES, Phase, Recipe, small_config
-from fast.tasks.passkey_report import Asked, Part, join_parts, lower_bound, measure
+from fast.tasks.passkey_report import Part, Setting, join_parts, lower_bound, measure
 from fast.tasks.passkey_training import Trainer
 
 
@@ -81,13 +81,13 @@ def test_no_text_of_the_training_is_longer_than_said():
     asked = len(f"\n{passkey.QUESTION} 50000.\n")
     for recipe in STAGES:
         for chunks, most in (pair for phase in recipe.phases for pair in phase.windows):
-            windows = most - 1 + LATE_WINDOWS if recipe.late else most
+            windows = most - 1 + LATE_WINDOWS if recipe.key_anywhere else most
             assert (chunks * windows + 1) * chunk + asked <= 4096
 
 
 def test_keys_and_answers_are_cut_by_borders_and_come_late(tmp_path):
     """What the later stages are for; and no number is written over a key."""
-    recipe = dataclasses.replace(STAGES[-1], cut=1.0, numbers=3.0)
+    recipe = dataclasses.replace(STAGES[-1], border_share=1.0, numbers=3.0)
     trainer = Trainer(small_config(), recipe, tmp_path)
     chunk = small_config().memory.chunk_size
     rng = np.random.default_rng(0)
@@ -127,7 +127,9 @@ def test_the_bound_is_clopper_and_pearson_s():
 
 
 def test_the_processes_share_the_depths_and_change_nothing():
-    (one,), (two,) = (list(measure([700], Asked(keys=2, tails=True, processes=n))) for n in (1, 2))
+    (one,), (two,) = (
+        list(measure([700], Setting(keys=2, tails=True, processes=n))) for n in (1, 2)
+    )
     assert one.found == two.found
     assert one.trials == 22
 
@@ -171,7 +173,13 @@ def test_training_goes_on_where_it_stopped(late, tmp_path):
     first = Recipe(phases=phases[:1], batch_size=2)
     Trainer(config, first, tmp_path / "first").run()
     start = tmp_path / "first" / "model"
-    recipe = Recipe(phases=phases, batch_size=2, late=late, cut=0.5 * late, before=int(late))
+    recipe = Recipe(
+        phases=phases,
+        batch_size=2,
+        key_anywhere=late,
+        border_share=0.5 * late,
+        lead_windows=int(late),
+    )
     whole = Trainer(config, recipe, tmp_path / "whole", start)
     whole.run()
     with pytest.raises(KeyboardInterrupt):

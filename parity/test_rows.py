@@ -37,14 +37,14 @@ def rounds(draw):
     sequence = st.tuples(size, size, st.booleans(), st.integers(0, 9), st.integers(0, 5))
     b = draw(st.integers(1, 4))
     batch = [draw(sequence)] * b if draw(st.booleans()) else [draw(sequence) for _ in range(b)]
-    before, take, close, row, queue = (np.array(x) for x in zip(*batch, strict=True))
-    take = np.minimum(take, memory.chunk_size - before)
-    close = close & (before + take > 0)
+    open_tokens, take, close, row, queue = (np.array(x) for x in zip(*batch, strict=True))
+    take = np.minimum(take, memory.chunk_size - open_tokens)
+    close = close & (open_tokens + take > 0)
     state = new_state(CoMeTConfig(draw(backbones()), memory), batch_size=b)
     state = dataclasses.replace(
         state,
-        tokens=before,
-        open_tokens=before,
+        tokens=open_tokens,
+        open_tokens=open_tokens,
         row_length=row,
         queue_length=np.minimum(queue, memory.temporary_memory_size),
         chunks=np.array([draw(st.integers(0, 2)) for _ in range(b)]),
@@ -103,7 +103,7 @@ def test_outputs_are_the_text_asked_for_then_what_the_memories_take(case, output
     if outputs == "last":
         text = np.take_along_axis(whole.text, whole.last, axis=1)
     expected = np.concatenate([text, whole.compression, whole.readout], axis=1)
-    assert np.array_equal(row.outputs, expected)
+    assert np.array_equal(row.queried, expected)
     assert (row.last == 0).all()
 
 
@@ -111,12 +111,12 @@ def test_outputs_are_the_text_asked_for_then_what_the_memories_take(case, output
 def test_sequences_alike_share_one_row(case):
     state, plan, memory = case
     row = lay_out(state, plan, memory, 99)
-    facts = zip(
+    counts = zip(
         *(plan.start, plan.take, plan.close, state.open_tokens),
         *(state.row_length, state.queue_length, state.chunks > 0),
         strict=True,
     )
-    assert len(row.take) == (1 if len(set(facts)) == 1 else state.batch_size)
+    assert len(row.take) == (1 if len(set(counts)) == 1 else state.batch_size)
 
 
 @given(rounds())

@@ -32,7 +32,7 @@ def test_save_and_load_change_nothing(folder, case):
     assert_state_equal(loaded, state, "loaded")
     more = torch.tensor([ids])
     expected = array(model(more, state=state).logits)
-    assert_near(model(more, state=loaded).logits, expected, "logits behind the loaded state")
+    assert_near(model(more, state=loaded).logits, expected, "logits after the loaded state")
     assert [p.name for p in folder.iterdir()] == ["state.safetensors"], "a temporary file was left"
 
 
@@ -105,7 +105,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path, make_config):
 
 
 def test_a_changed_file_is_refused(tmp_path, make_config):
-    """Counts that point behind the tensors, missing parts, other shapes."""
+    """Counts that point beyond the tensors, missing parts, other shapes."""
     state, model = state_and_model(make_config)
     path = tmp_path / "state.safetensors"
     state.save(path)

@@ -73,5 +73,5 @@ def test_the_queue_s_entries_are_counted_right(case):
     config, seed, ids = case
     params = random_weights(config, seed)
     state = stream.read(ids, stream.new_state(config), params, config)[-1]
-    held = len(state.temporary_memory[0]) if config.memory.has_temporary else 0
-    assert held == min(entries(case), config.memory.temporary_memory_size)
+    kept = len(state.temporary_memory[0]) if config.memory.has_temporary else 0
+    assert kept == min(entries(case), config.memory.temporary_memory_size)

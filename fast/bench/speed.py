@@ -2,7 +2,8 @@
 
 A case is a model's size and a memory setting, in a process of its own that keeps freed memory or
 not. Its contestants take turns, each timed once a round, so that a busy moment of the machine meets
-all of them; medians are compared. Before that, those that say the same are held to the same result.
+all of them; medians are compared. Before they are timed, contestants that compute the same thing
+must give the same result.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def matmul_peak(config: CoMeTConfig, batch_size: int, rounds: int) -> float:
     backbone, memory = config.backbone, config.memory
     d, f = backbone.hidden_size, backbone.intermediate_size
     heads = backbone.num_attention_heads * backbone.head_dim
-    both = heads + 2 * backbone.num_key_value_heads * backbone.head_dim
+    projected = heads + 2 * backbone.num_key_value_heads * backbone.head_dim
     rows = batch_size * (
         memory.chunk_size
         + -(-memory.chunk_size // memory.compression_stride)
@@ -196,7 +197,7 @@ def matmul_peak(config: CoMeTConfig, batch_size: int, rounds: int) -> float:
     )
     contestants: dict[str, Callable[[], object]] = {}
     total = 0.0
-    for inner, outer in ((d, both), (heads, d), (d, 2 * f), (f, d)):
+    for inner, outer in ((d, projected), (heads, d), (d, 2 * f), (f, d)):
         left, right = torch.randn(rows, inner), torch.randn(outer, inner)
         out = torch.empty(rows, outer)
         contestants[f"{inner}x{outer}"] = _product(left, right, out)

@@ -78,7 +78,7 @@ PHASES = (
 
 SPREAD = ((1, 1), (1, 1), (1, 4), (2, 3), (1, 10), (2, 8), (1, 27))
 AGED = ((1, 1), (1, 4), (2, 3), (1, 10), (2, 8), (1, 26), (2, 12))
-"""Windows of the later stages: the second number bounds where the key comes, see `Recipe.late`."""
+"""Windows of the later stages: the second number bounds where the key comes, see `Recipe.key_anywhere`."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,21 @@ class Recipe:
     """Share of windows whose question is asked with an empty queue, so that the global memory
     learns what the queue could tell."""
 
-    late: bool = False
+    key_anywhere: bool = False
     """Whether a text's key is as likely to come in any window as in the first. `LATE_WINDOWS` at
     most are trained on from there; those before are read without gradient. False: most keys come
     in the first window."""
 
-    before: int = 0
-    """Windows right before a `late` key's that are trained on too: other numbers are no key."""
+    lead_windows: int = 0
+    """Windows right before the key's that are trained on too, where `key_anywhere`: other numbers
+    are no key."""
 
     spacings: tuple[float, ...] = (150.0, 400.0, 1500.0)
     """Mean bytes between two distractors: each text has one of these."""
 
-    cut: float = 0.0
-    """Share of a `late` recipe's keys whose number is cut by a chunk's border, and of the answers
-    that are, beside those that chance cuts."""
+    border_share: float = 0.0
+    """Share of keys whose number is cut by a chunk's border, and of answers that are, beside those
+    that chance cuts; where `key_anywhere`."""
 
     numbers: float = 0.0
     """Mean places in a chunk of prose that other numbers are written over, in any form: prose has
@@ -138,13 +139,13 @@ class Recipe:
 
 
 LATE_WINDOWS = 4
-"""Most windows of a `late` recipe's text that are trained on, the key's included."""
+"""Most windows of a `key_anywhere` recipe's text that are trained on, the key's included."""
 
 AMONG_SENTENCES = Recipe(
     phases=(Phase(7000, AGED, 1.2e-3, decay=7000, language_weight=0.05, noise=0.03),),
-    late=True,
-    before=1,
-    cut=0.4,
+    key_anywhere=True,
+    lead_windows=1,
+    border_share=0.4,
     spacings=(25.0, 100.0, 400.0, 1500.0),
 )
 """The third stage, see `STAGES`."""
@@ -153,8 +154,8 @@ STAGES = (
     Recipe(),
     Recipe(
         phases=(Phase(8019, SPREAD, 2e-3, decay=16000, language_weight=0.05, noise=0.03),),
-        late=True,
-        cut=0.4,
+        key_anywhere=True,
+        border_share=0.4,
     ),
     AMONG_SENTENCES,
     dataclasses.replace(

@@ -22,9 +22,9 @@ from ..model import CoMeTModel
 from . import passkey
 
 __all__ = [
-    "Asked",
     "Measured",
     "Part",
+    "Setting",
     "collect",
     "demo",
     "draw",
@@ -44,7 +44,7 @@ LENGTHS = (1024, 4096, 16384, 65536, 262144, 1048576)
 
 
 @dataclass(frozen=True)
-class Asked:
+class Setting:
     """What to measure: everything that the result depends on, but for the machine."""
 
     variant: str = "published"
@@ -170,19 +170,19 @@ def _set_up(barrier: Barrier) -> None:
     keep_memory()
 
 
-def _measure_part(asked: Asked, length: int, part: int) -> Part:
+def _measure_part(setting: Setting, length: int, part: int) -> Part:
     """Every `shares`th depth from the `part`th on, in a process of its own."""
-    folder = None if asked.model is None else Path(asked.model)
+    folder = None if setting.model is None else Path(setting.model)
     model = passkey.load_model() if folder is None else CoMeTModel.from_pretrained(folder)
-    haystack = passkey.read_haystack(asked.haystack) if asked.variant == "prose" else None
-    rng = np.random.default_rng([asked.seed, length])
-    mine = slice(part, None, asked.shares)
+    haystack = passkey.read_haystack(setting.haystack) if setting.variant == "prose" else None
+    rng = np.random.default_rng([setting.seed, length])
+    mine = slice(part, None, setting.shares)
     found = np.zeros(len(DEPTHS[mine]), dtype=np.int64)
     read = 0
     _all_loaded.wait(timeout=300)
     start = time.time()
-    for _ in range(asked.keys):
-        size = length - int(rng.integers(model.config.memory.chunk_size)) * asked.tails
+    for _ in range(setting.keys):
+        size = length - int(rng.integers(model.config.memory.chunk_size)) * setting.tails
         seeds = rng.integers(2**62, size=len(DEPTHS)).tolist()
         examples = [
             passkey.Example(size, depth, seed, haystack)
@@ -201,12 +201,12 @@ def join_parts(parts: Sequence[Part], length: int, keys: int) -> Measured:
     return Measured(length, found, keys, speed, max(part.peak_bytes for part in parts))
 
 
-def measure(lengths: Sequence[int], asked: Asked) -> Iterator[Measured]:
+def measure(lengths: Sequence[int], setting: Setting) -> Iterator[Measured]:
     """Hide keys at every depth of texts of every length, and ask for them.
 
     Args:
         lengths: bytes of the texts.
-        asked: what else to measure. A process reads its depths side by side.
+        setting: what else to measure. A process reads its depths side by side.
 
     Yields:
         One result a length, one after another, in new processes each.
@@ -217,18 +217,18 @@ def measure(lengths: Sequence[int], asked: Asked) -> Iterator[Measured]:
     from tqdm import tqdm  # of the extra `commands`
 
     context = multiprocessing.get_context("spawn")
-    for length in tqdm(lengths, desc=asked.variant, unit="length"):
+    for length in tqdm(lengths, desc=setting.variant, unit="length"):
         with ProcessPoolExecutor(
-            asked.shares, context, _set_up, (context.Barrier(asked.shares),)
+            setting.shares, context, _set_up, (context.Barrier(setting.shares),)
         ) as pool:
-            jobs = [pool.submit(_measure_part, asked, length, i) for i in range(asked.shares)]
+            jobs = [pool.submit(_measure_part, setting, length, i) for i in range(setting.shares)]
             parts = [job.result() for job in jobs]
-        yield join_parts(parts, length, asked.keys)
+        yield join_parts(parts, length, setting.keys)
 
 
-def footer(asked: Asked) -> str:
+def footer(setting: Setting) -> str:
     """Machine, processes and versions, for the foot of a table."""
-    return machine(f"{asked.shares} processes of one thread")
+    return machine(f"{setting.shares} processes of one thread")
 
 
 def table(results: Sequence[Measured], variant: str) -> str:
@@ -246,23 +246,23 @@ def table(results: Sequence[Measured], variant: str) -> str:
     return "\n".join(lines)
 
 
-def save(results: Sequence[Measured], asked: Asked, path: Path) -> None:
-    """Write results, what was asked, and the machine, as JSON."""
+def save(results: Sequence[Measured], setting: Setting, path: Path) -> None:
+    """Write results, the setting, and the machine, as JSON."""
     data = {
-        "machine": footer(asked),
-        "asked": asdict(asked),
+        "machine": footer(setting),
+        "setting": asdict(setting),
         "results": [asdict(r) for r in results],
     }
     atomic_write(path, json.dumps(data, indent=1) + "\n")
 
 
-def collect(lengths: Sequence[int], asked: Asked, path: Path | None) -> list[Measured]:
+def collect(lengths: Sequence[int], setting: Setting, path: Path | None) -> list[Measured]:
     """`measure`, with the results so far in a file (see `save`) after each length."""
     results: list[Measured] = []
-    for result in measure(lengths, asked):
+    for result in measure(lengths, setting):
         results.append(result)
         if path is not None:
-            save(results, asked, path)
+            save(results, setting, path)
     return results
 
 
@@ -327,19 +327,19 @@ def demo(folder: Path, lengths: Sequence[int] = LENGTHS, processes: int | None =
     Args:
         folder: where the pictures and the results go.
         lengths: bytes of the texts.
-        processes: see `Asked`.
+        processes: see `Setting`.
     """
-    asked = Asked(processes=processes)
-    results = collect(lengths, asked, folder / "demo.json")
+    setting = Setting(processes=processes)
+    results = collect(lengths, setting, folder / "demo.json")
     print()
     print("depth " + "".join(f"{r.length:>11,}" for r in results))
     for row, depth in enumerate(DEPTHS):
         marks = ("found" if r.found[row] else "NOT FOUND" for r in results)
         print(f"{depth:>5.0%} " + "".join(f"{mark:>11}" for mark in marks))
     print()
-    print(table(results, asked.variant))
-    print(f"\n{footer(asked)}")
-    for path in draw(results, asked.variant, folder):
+    print(table(results, setting.variant))
+    print(f"\n{footer(setting)}")
+    for path in draw(results, setting.variant, folder):
         print(f"wrote {path}")
     right, trials = sum(r.right for r in results), sum(r.trials for r in results)
     first, last = results[min(2, len(results) - 1)], results[-1]

@@ -28,7 +28,7 @@ class Texts:
         rng: source of everything random.
         window: tokens of a window.
         windows: windows of a text; a chunk more is kept for what comes before the question.
-        lead: windows before the key's, in a `late` recipe.
+        lead: windows before the key's, in a `key_anywhere` recipe.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Texts:
         for _ in range(recipe.batch_size):
             # Most texts start anywhere, and most keys come early, so that they are asked for often.
             skip = 0 if rng.random() < 0.25 else len(passkey.DESCRIPTION) + 1
-            reach = min(1.0, window / length) if recipe.late or rng.random() < 0.6 else 0.95
+            reach = min(1.0, window / length) if recipe.key_anywhere or rng.random() < 0.6 else 0.95
             example = passkey.Example(
                 length + skip + 200,
                 depth=rng.random() * reach,
@@ -56,9 +56,9 @@ class Texts:
                 spacing=float(rng.choice(recipe.spacings)),
                 split="train",
             )
-            if recipe.late:  # half a chunk more than its window: asked for while it is read
+            if recipe.key_anywhere:  # half a chunk more than its window: asked for while it is read
                 start = lead * window + int(rng.integers(window + chunk // 2))
-                if rng.random() < recipe.cut:
+                if rng.random() < recipe.border_share:
                     start = _cut(start, example.key, chunk, rng)
                 example = _move(example, start + skip)
             row = passkey.encode(example.text()[skip : skip + length]).copy()

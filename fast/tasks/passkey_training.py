@@ -163,11 +163,13 @@ class Trainer:
         phase, _ = self.recipe.phase_at(self.step)
         chunks, most = phase.windows[rng.integers(len(phase.windows))]
         length = chunks * self.model.config.memory.chunk_size
-        lead = int(rng.integers(most)) if self.recipe.late else 0
-        windows = lead + int(rng.integers(1, (LATE_WINDOWS if self.recipe.late else most) + 1))
+        lead = int(rng.integers(most)) if self.recipe.key_anywhere else 0
+        windows = lead + int(
+            rng.integers(1, (LATE_WINDOWS if self.recipe.key_anywhere else most) + 1)
+        )
         texts = self.draw_texts(rng, length, windows, lead)
         state: CoMeTState | None = None
-        first = max(lead - self.recipe.before, 0)
+        first = max(lead - self.recipe.lead_windows, 0)
         if first:
             with torch.no_grad():
                 out = self.model(texts.ids[:, : first * length], logits="none")
@@ -209,7 +211,7 @@ class Trainer:
         None where no key has gone by.
         """
         tail = int(rng.integers(texts.chunk))
-        if self.recipe.cut and rng.random() < self.recipe.cut:
+        if self.recipe.border_share and rng.random() < self.recipe.border_share:
             tail = texts.cutting_tail(rng)
         gone_by = texts.ends <= end + tail
         if rng.random() < self.recipe.hide_queue:
