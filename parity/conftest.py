@@ -22,7 +22,15 @@ COMMON = {
 }
 settings.register_profile("default", max_examples=100, **COMMON)
 settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **COMMON)
-settings.register_profile("faults", max_examples=60, derandomize=True, database=None, **COMMON)
+# One failure is enough there, and is told as what it is, not as a group of several.
+settings.register_profile(
+    "faults",
+    max_examples=60,
+    derandomize=True,
+    database=None,
+    report_multiple_bugs=False,
+    **COMMON,
+)
 settings.register_profile("thorough", max_examples=3000, **COMMON)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
