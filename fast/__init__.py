@@ -1,16 +1,21 @@
-"""CoMeT in PyTorch: the equations of `reference`, batched, for real-size runs.
+"""CoMeT for real-size runs: the equations of `reference`, batched.
 
     from fast import CoMeTConfig, CoMeTModel
 
 `CoMeTModel` reads endless text in linear time and constant memory; `CoMeTState` is where it
-stands, a value to save, load and fork.
+stands, a value to save, load and fork. `fast.cupy_engine` says the same on CuPy, or any array.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 
-from .machine import keep_memory
-from .model import IGNORE, CoMeTGeneration, CoMeTModel, CoMeTOutput
-from .state import CoMeTState
+if TYPE_CHECKING:
+    from .inputs import IGNORE
+    from .machine import keep_memory
+    from .model import CoMeTGeneration, CoMeTModel, CoMeTOutput
+    from .state import CoMeTState
 
 __all__ = [
     "IGNORE",
@@ -23,3 +28,19 @@ __all__ = [
     "MemoryConfig",
     "keep_memory",
 ]
+
+_HOMES = {
+    "IGNORE": "inputs",
+    "CoMeTGeneration": "model",
+    "CoMeTModel": "model",
+    "CoMeTOutput": "model",
+    "CoMeTState": "state",
+    "keep_memory": "machine",
+}
+"""Where a name lives, imported when it is asked for: the engine on arrays runs without PyTorch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

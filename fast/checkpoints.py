@@ -1,6 +1,7 @@
 """Weights and states as files: safetensors and JSON, in and out.
 
-Nothing is ever unpickled and no code is run. Every file is written whole or not at all.
+Nothing is ever unpickled and no code is run. Every file is written whole or not at all. Arrays are
+read as PyTorch's ("pt") or as NumPy's ("np"), which has no bfloat16: that is read as float32 there.
 """
 
 from __future__ import annotations
@@ -11,24 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from array_api_compat import is_torch_array
+from safetensors import SafetensorError, deserialize, safe_open
 
 from reference.config import CoMeTConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
+from .arrays import Array, all_finite, is_floating, to_host
 from .files import atomic_save, atomic_write
-from .layers import Weights, widen
-from .parameters import check_weights, to_arrays
 
 __all__ = [
     "CONFIG",
     "MODEL",
+    "check_weights",
     "load_arrays",
     "load_checkpoint",
     "named_tensors",
+    "read_file",
     "read_json",
     "read_state",
     "read_tensors",
@@ -41,7 +41,7 @@ CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.in
 """Files of a checkpoint's folder. The index is there where the weights are cut into shards."""
 
 
-def save_checkpoint(folder: Path, config: CoMeTConfig, weights: Weights) -> None:
+def save_checkpoint(folder: Path, config: CoMeTConfig, weights: Any) -> None:
     """Write config.json and model.safetensors under our names.
 
     Args:
@@ -52,11 +52,15 @@ def save_checkpoint(folder: Path, config: CoMeTConfig, weights: Weights) -> None
     atomic_write(folder / CONFIG, config.to_json())
 
 
-def load_checkpoint(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
+def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, dict[str, Any]]:
     """Read a checkpoint, ours or an official one.
 
+    Args:
+        folder: of the checkpoint.
+        framework: whose arrays, "pt" or "np".
+
     Returns:
-        The config, and a nested dict of tensors on the CPU.
+        The config, and a nested dict of arrays on the CPU.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -67,7 +71,7 @@ def load_checkpoint(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
         # Imported here and not above: that package is made with the readers of this module.
         from .pretrained import load_published
 
-        config, weights, _ = load_published(folder)
+        config, weights, _ = load_published(folder, framework)
         return config, weights
     if "backbone" not in data:
         raise ValueError(
@@ -75,7 +79,7 @@ def load_checkpoint(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
             f"official CoMeT checkpoint's (key 'temp_beacon_id'); it has {sorted(data)[:8]}."
         )
     config = CoMeTConfig.from_dict(data)
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, framework)
     unknown = sorted(set(tensors) - set(named_parameters(shapes(config))))
     if unknown:
         raise ValueError(
@@ -90,11 +94,15 @@ def load_checkpoint(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
 
 def load_arrays(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
     """`load_checkpoint` as NumPy arrays, for the reference; narrower dtypes become float32."""
-    config, weights = load_checkpoint(folder)
-    return config, to_arrays(map_parameters(lambda _, tensor: widen(tensor), weights))
+    config, weights = load_checkpoint(folder, "np")
+
+    def widen(_: str, x: Array) -> Array:
+        return x.astype(np.float32) if x.itemsize < 4 else x
+
+    return config, map_parameters(widen, weights)
 
 
-def named_tensors(config: CoMeTConfig, weights: Weights) -> dict[str, Tensor]:
+def named_tensors(config: CoMeTConfig, weights: Any) -> dict[str, Array]:
     """Every weight of a model by its dotted name, without its graph: what a file holds.
 
     Args:
@@ -105,11 +113,11 @@ def named_tensors(config: CoMeTConfig, weights: Weights) -> dict[str, Tensor]:
         found: Any = weights
         for part in name.split("."):
             found = found[int(part) if part.isdigit() else part]
-        tensors[name] = found.detach()
+        tensors[name] = found.detach() if is_torch_array(found) else to_host(found)
     return tensors
 
 
-def take_tensor(tensors: dict[str, Tensor], stored: str, name: str, folder: Path) -> Tensor:
+def take_tensor(tensors: dict[str, Array], stored: str, name: str, folder: Path) -> Array:
     """One tensor of a checkpoint.
 
     Args:
@@ -124,6 +132,41 @@ def take_tensor(tensors: dict[str, Tensor], stored: str, name: str, folder: Path
     if stored not in tensors:
         raise ValueError(f"{folder} lacks the tensor {stored} ({name}); is the checkpoint whole?")
     return tensors[stored]
+
+
+def check_weights(weights: dict[str, Any], config: CoMeTConfig) -> None:
+    """Raise unless weights are whole, fit a config, and are finite numbers of one dtype.
+
+    Args:
+        weights: nested dict of arrays.
+        config: the model.
+
+    Raises:
+        ValueError: names the first weight that is wrong, what it is and what it should be.
+    """
+    expected, found = named_parameters(shapes(config)), named_parameters(weights)
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        raise ValueError(
+            f"the weights lack {missing[:4]} and hold unknown {unknown[:4]}; give exactly the "
+            "names of reference.parameters.shapes(config)."
+        )
+    dtype = found["norm"].dtype
+    for name, shape in expected.items():
+        tensor = found[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, the config says {shape}; the weights are "
+                "of another model, or the config was changed."
+            )
+        if tensor.dtype != dtype or not is_floating(tensor):
+            raise ValueError(
+                f"{name} is {tensor.dtype} where norm is {dtype}; convert all to one float dtype."
+            )
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{name} holds NaN or infinity; the file is damaged or its training diverged."
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,8 +185,48 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_file(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Array]]:
+    """Metadata and arrays of a safetensors file, on the CPU.
+
+    Args:
+        path: file to read.
+        framework: whose arrays, "pt" or "np".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not readable.
+    """
+    try:
+        with safe_open(str(path), framework=framework) as file:
+            names = list(file.keys())
+            halves = {n for n in names if file.get_slice(n).get_dtype() == "BF16"}
+            if framework != "np":
+                halves = set()
+            arrays = {n: file.get_tensor(n) for n in names if n not in halves}
+            header = file.metadata() or {}
+        if halves:
+            arrays |= {
+                n: _widen_bfloat16(v) for n, v in deserialize(path.read_bytes()) if n in halves
+            }
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); it may be cut short."
+        ) from error
+    return header, arrays
+
+
+def _widen_bfloat16(view: dict[str, Any]) -> np.ndarray:
+    """float32 of bfloat16's bytes, which are its upper half."""
+    upper = np.frombuffer(view["data"], np.uint16).astype(np.uint32)
+    return (upper << 16).view(np.float32).reshape(view["shape"])
+
+
+def read_tensors(folder: Path, framework: str = "pt") -> dict[str, Array]:
     """Every tensor of model.safetensors, or of the shards that its index names, on the CPU.
+
+    Args:
+        folder: of the checkpoint.
+        framework: whose arrays, "pt" or "np".
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -156,20 +239,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         outside = [name for name in files if not isinstance(name, str) or Path(name).name != name]
         if outside:
             raise ValueError(f"{folder / INDEX} names {outside}; expected files of that folder.")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Array] = {}
     for name in sorted(set(files)):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; expected a checkpoint's weights.")
-        try:
-            tensors |= load_file(folder / name)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{folder / name} is not a readable safetensors file ({error}); it may be cut short."
-            ) from error
+        tensors |= read_file(folder / name, framework)[1]
     return tensors
 
 
-Layers = tuple[Tensor, ...]
+Layers = tuple[Array, ...]
 
 
 def write_state(
@@ -183,15 +261,22 @@ def write_state(
         counts: [b] int64 each, stored as `count.NAME`.
         tensors: one a layer each, stored as `NAME.LAYER`.
     """
-    named = {f"count.{name}": torch.from_numpy(count) for name, count in counts.items()}
-    named |= {f"{name}.{i}": t for name, layers in tensors.items() for i, t in enumerate(layers)}
+    named = {f"{name}.{i}": t for name, layers in tensors.items() for i, t in enumerate(layers)}
+    whole: dict[str, Array] = {f"count.{name}": count for name, count in counts.items()}
+    if named and all(map(is_torch_array, named.values())):
+        import torch  # here, since other arrays need no PyTorch
+
+        whole = {name: torch.from_numpy(count) for name, count in whole.items()}
+        # Copies: safetensors refuses tensors that share memory, as a new state's counts do.
+        whole = {name: t.detach().clone() for name, t in (whole | named).items()}
+    else:
+        whole |= {name: to_host(x) for name, x in named.items()}
     header = {"format": "comet-state", "version": "1", "model": model}
-    # Copies: safetensors refuses tensors that share memory, as a new state's counts do.
-    atomic_save(path, {name: t.detach().clone() for name, t in named.items()}, header)
+    atomic_save(path, whole, header)
 
 
 def read_state(
-    path: Path, counts: Collection[str], tensors: Collection[str]
+    path: Path, counts: Collection[str], tensors: Collection[str], framework: str
 ) -> tuple[str, dict[str, np.ndarray], dict[str, Layers]]:
     """Read what `write_state` wrote: whole, finite, and nothing else; whether it fits a model is
     not asked.
@@ -199,6 +284,7 @@ def read_state(
     Args:
         path: file to read.
         counts, tensors: the names that a state has.
+        framework: whose arrays, "pt" or "np".
 
     Returns:
         The fingerprint, the counts, the tensors; of a name that is not there no layers.
@@ -207,15 +293,7 @@ def read_state(
         FileNotFoundError: no such file.
         ValueError: not a state, or cut short.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); it may be cut short. "
-            "Save the state again."
-        ) from error
+    header, found = read_file(path, framework)
     if header.get("format") != "comet-state" or header.get("version") != "1":
         raise ValueError(
             f"{path} is not a CoMeT state (header {json.dumps(header)}); expected a file "
@@ -224,11 +302,11 @@ def read_state(
     numbers = {}
     for name in counts:
         count = found.pop(f"count.{name}", None)
-        if count is None or count.dtype != torch.int64 or count.dim() != 1 or not len(count):
+        if count is None or str(count.dtype)[-5:] != "int64" or count.ndim != 1 or not len(count):
             raise ValueError(
                 f"{path} lacks count.{name} as int64 of one dimension; it is not a whole state."
             )
-        numbers[name] = count.numpy()
+        numbers[name] = to_host(count)
     grouped: dict[str, Layers] = {}
     for name in tensors:
         layers = range(sum(key.rpartition(".")[0] == name for key in found))
@@ -237,6 +315,6 @@ def read_state(
         grouped[name] = tuple(found.pop(f"{name}.{i}") for i in layers)
     if found:
         raise ValueError(f"{path} holds {sorted(found)}, which no state has.")
-    if not all(t.isfinite().all() for layers in grouped.values() for t in layers):
+    if not all(all_finite(t) for layers in grouped.values() for t in layers):
         raise ValueError(f"{path} holds NaN or infinity; the stream was lost before it was saved.")
     return header.get("model", ""), numbers, grouped

@@ -6,10 +6,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
+from array_api_compat import is_torch_array
 
 __all__ = ["atomic_save", "atomic_torch_save", "atomic_write"]
 
@@ -39,12 +39,27 @@ def atomic_write(path: Path, text: str) -> None:
     _into_place(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
-def atomic_save(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    whole = {name: t.contiguous() for name, t in tensors.items()}
-    _into_place(path, lambda name: save_file(whole, name, metadata=header))
+def atomic_save(path: Path, arrays: dict[str, Any], header: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: file to write.
+        arrays: all PyTorch's, or all NumPy's.
+        header: the file's metadata.
+    """
+    if all(map(is_torch_array, arrays.values())):
+        import safetensors.torch as safetensors  # here, since NumPy's arrays need no PyTorch
+
+        whole = {name: t.contiguous() for name, t in arrays.items()}
+    else:
+        import safetensors.numpy as safetensors  # type: ignore[no-redef]
+
+        whole = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    _into_place(path, lambda name: safetensors.save_file(whole, name, metadata=header))
 
 
 def atomic_torch_save(path: Path, value: object) -> None:
     """Write a training checkpoint, whole or not at all; read it with `weights_only=True`."""
+    import torch
+
     _into_place(path, lambda name: torch.save(value, name))

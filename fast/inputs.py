@@ -1,6 +1,7 @@
 """Checks of what a user passes in: each returns the argument in its one form, or says what is wrong.
 
-A message tells the value seen, what was expected, and what to do.
+A message tells the value seen, what was expected, and what to do. `CoMeTModel` and the engine on
+arrays share them: arrays are any library's.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
+from array_api_compat import array_namespace, device, is_array_api_obj
+
+from .arrays import Array, is_integer, to_host
 
 __all__ = [
     "IGNORE",
@@ -43,42 +45,55 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; expected {wanted}.")
 
 
-def _check_integers(name: str, ids: Tensor) -> Tensor:
-    """[b, n] int64 from integers [b, n] or [n], or a ValueError."""
-    if not isinstance(ids, Tensor):
+def _check_integers(name: str, ids: Array, like: Array) -> Array:
+    """[b, n] int64 from integers [b, n] or [n], or a ValueError.
+
+    Args:
+        name: of the argument.
+        ids: of it.
+        like: an array of the model's library, on its device.
+    """
+    xp = array_namespace(like)
+    kind = "tensor" if xp.__name__.endswith("torch") else "array"
+    if not is_array_api_obj(ids) or array_namespace(ids) is not xp:
+        found = f"{type(ids).__module__.partition('.')[0]}.{type(ids).__name__}"
+        found = found.removeprefix("builtins.")
         raise ValueError(
-            f"{name} is a {type(ids).__name__}; expected a tensor, e.g. torch.tensor({name})."
+            f"{name} is a {found}; expected a{'n' * (kind == 'array')} {kind}, e.g. "
+            f"{xp.__name__.split('.')[-1]}.{'tensor' if kind == 'tensor' else 'asarray'}({name})."
         )
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise ValueError(f"{name} has dtype {ids.dtype}; expected integers, e.g. {name}.long().")
-    return ids[None].long() if ids.dim() == 1 else ids.long()
+    if not is_integer(ids):
+        raise ValueError(f"{name} has dtype {ids.dtype}; expected integers, e.g. int64.")
+    ids = xp.astype(ids, xp.int64, copy=False)
+    return ids[None, :] if ids.ndim == 1 else ids
 
 
-def check_ids(ids: Tensor, device: torch.device) -> Tensor:
+def check_ids(ids: Array, like: Array) -> Array:
     """Text of a call, [b, n] int64 with b and n at least 1, or a ValueError.
 
     Args:
         ids: [b, n] or [n] integers.
-        device: the model's.
+        like: an array of the model's library, on its device.
     """
-    ids = _check_integers("ids", ids)
-    if ids.dim() != 2 or ids.numel() == 0:
+    ids = _check_integers("ids", ids, like)
+    if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(
             f"ids has shape {tuple(ids.shape)}; expected [batch, tokens] with at least one of "
             "each: an empty text has nothing to read."
         )
-    if ids.device != device:
+    if device(ids) != device(like):
         raise ValueError(
-            f"ids is on {ids.device}, the model on {device}; move one: ids.to(model.device)."
+            f"ids is on {device(ids)}, the model on {device(like)}; move one: "
+            "ids.to(model.device), or make it there."
         )
     return ids
 
 
-def check_lengths(lengths: Tensor | Sequence[int] | None, b: int, n: int) -> np.ndarray:
+def check_lengths(lengths: Array | Sequence[int] | None, b: int, n: int) -> np.ndarray:
     """[b] int64 tokens of each sequence, 1 to n; None is n for all. Else a ValueError."""
     if lengths is None:
         return np.full(b, n)
-    found = np.asarray(torch.as_tensor(lengths).cpu())
+    found = to_host(lengths) if is_array_api_obj(lengths) else np.asarray(lengths)
     if found.shape != (b,) or not np.issubdtype(found.dtype, np.integer):
         raise ValueError(f"lengths is {lengths}; expected {b} integers, one a sequence.")
     if found.min() < 1 or found.max() > n:
@@ -86,15 +101,17 @@ def check_lengths(lengths: Tensor | Sequence[int] | None, b: int, n: int) -> np.
     return found.astype(np.int64)
 
 
-def zero_padding(ids: Tensor, lengths: np.ndarray) -> Tensor:
+def zero_padding(ids: Array, lengths: np.ndarray) -> Array:
     """[b, n] with zeros after each sequence's length: padding may be anything."""
-    is_padding = np.arange(ids.shape[1]) >= lengths[:, None]
-    return ids.masked_fill(torch.from_numpy(is_padding).to(ids.device), 0)
+    xp = array_namespace(ids)
+    is_text = np.arange(ids.shape[1]) < lengths[:, None]
+    return xp.where(xp.asarray(is_text, device=device(ids)), ids, xp.zeros_like(ids))
 
 
-def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+def check_vocabulary(ids: Array, vocab_size: int) -> None:
     """Raise ValueError unless all ids are in [0, vocab_size)."""
-    low, high = int(ids.min()), int(ids.max())
+    xp = array_namespace(ids)
+    low, high = int(xp.min(ids)), int(xp.max(ids))
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"ids range from {low} to {high}; expected [0, {vocab_size}), the model's vocabulary. "
@@ -102,7 +119,7 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def check_labels(labels: Tensor, ids: Tensor, lengths: np.ndarray, vocab_size: int) -> Tensor:
+def check_labels(labels: Array, ids: Array, lengths: np.ndarray, vocab_size: int) -> Array:
     """Labels, [b, n] int64, or a ValueError.
 
     Args:
@@ -111,11 +128,11 @@ def check_labels(labels: Tensor, ids: Tensor, lengths: np.ndarray, vocab_size: i
         lengths: [b] tokens of each sequence.
         vocab_size: labels are in [0, vocab_size), or IGNORE.
     """
-    labels = _check_integers("labels", labels)
-    if labels.shape != ids.shape or labels.device != ids.device:
+    labels = _check_integers("labels", labels, ids)
+    if labels.shape != ids.shape or device(labels) != device(ids):
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, on {labels.device}; expected "
-            f"{tuple(ids.shape)} on {ids.device}, like ids."
+            f"labels has shape {tuple(labels.shape)}, on {device(labels)}; expected "
+            f"{tuple(ids.shape)} on {device(ids)}, like ids."
         )
     used = zero_padding(labels, lengths)[:, 1:]
     foreign = (used != IGNORE) & ((used < 0) | (used >= vocab_size))

@@ -6,9 +6,8 @@ import ctypes
 import platform
 import resource
 import sys
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 __all__ = ["keep_memory", "machine", "peak_memory"]
 
@@ -24,7 +23,7 @@ def machine(how: str) -> str:
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = names[0].partition(":")[2].strip() if names else name
-    return f"{name}, {how}, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, {how}, Python {platform.python_version()}, torch {version('torch')}"
 
 
 def peak_memory() -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .inputs import (
     IGNORE,
     check_choice,
@@ -29,7 +29,7 @@ from .inputs import (
     zero_padding,
 )
 from .layers import Weights, linear, rms_norm, take_slots, widen
-from .parameters import ParameterTree, check_weights, initialize
+from .parameters import ParameterTree, initialize
 from .sampling import sample
 from .state import CoMeTState
 from .stream import Reading, close_chunk, join, new_state, read
@@ -157,6 +157,13 @@ class CoMeTModel(nn.Module):
             check_weights(weights, config)
         self.weights = ParameterTree(weights)
 
+    framework = "pt"
+    """Whose tensors files are read as."""
+
+    def place(self, array: Any) -> Tensor:
+        """A tensor or NumPy array on the model's device, in its dtype."""
+        return torch.as_tensor(array).to(self.device, self.dtype)
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
@@ -191,7 +198,7 @@ class CoMeTModel(nn.Module):
         Raises:
             ValueError: the state belongs to another model.
         """
-        state.check(self.config, state.batch_size, self.dtype, self.device)
+        state.check(self.config, state.batch_size, self.weights["norm"])
         return close_chunk(state, self.weights, self.config)
 
     def forward(
@@ -377,11 +384,11 @@ class CoMeTModel(nn.Module):
         self, ids: Tensor, lengths: Tensor | Sequence[int] | None, state: CoMeTState | None
     ) -> tuple[Tensor, np.ndarray, CoMeTState]:
         """The arguments of a call in their one form: [b, n], zero in the padding; [b]; a state."""
-        ids = check_ids(ids, self.device)
+        ids = check_ids(ids, self.weights["norm"])
         sizes = check_lengths(lengths, *ids.shape)
         ids = zero_padding(ids, sizes)
         check_vocabulary(ids, self.config.backbone.vocab_size)
         if state is None:
             state = self.new_state(len(ids))
-        state.check(self.config, len(ids), self.dtype, self.device)
+        state.check(self.config, len(ids), self.weights["norm"])
         return ids, sizes, state

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from reference import parameters as specification
 from reference.config import CoMeTConfig
-from reference.parameters import named_parameters, shapes
 
 __all__ = [
     "ParameterTree",
-    "check_weights",
     "initialize",
     "to_arrays",
     "to_tensors",
@@ -60,41 +58,6 @@ def initialize(config: CoMeTConfig, rng: np.random.Generator) -> dict[str, Any]:
     `reference.parameters.initialize`.
     """
     return to_tensors(specification.initialize(config, rng), torch.float32)
-
-
-def check_weights(weights: dict[str, Any], config: CoMeTConfig) -> None:
-    """Raise unless weights are whole, fit a config, and are finite numbers of one dtype.
-
-    Args:
-        weights: nested dict of tensors.
-        config: the model.
-
-    Raises:
-        ValueError: names the first weight that is wrong, what it is and what it should be.
-    """
-    expected, found = named_parameters(shapes(config)), named_parameters(weights)
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or unknown:
-        raise ValueError(
-            f"the weights lack {missing[:4]} and hold unknown {unknown[:4]}; give exactly the "
-            "names of reference.parameters.shapes(config)."
-        )
-    dtype = found["norm"].dtype
-    for name, shape in expected.items():
-        tensor = found[name]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, the config says {shape}; the weights are "
-                "of another model, or the config was changed."
-            )
-        if tensor.dtype != dtype or not tensor.dtype.is_floating_point:
-            raise ValueError(
-                f"{name} is {tensor.dtype} where norm is {dtype}; convert all to one float dtype."
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{name} holds NaN or infinity; the file is damaged or its training diverged."
-            )
 
 
 def to_tensors(tree: Any, dtype: torch.dtype) -> Any:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-import torch
-from torch import Tensor
+from array_api_compat import array_namespace, device, size
 
 from reference.config import CoMeTConfig
 
+from .arrays import Array, take_rows
 from .checkpoints import read_state, write_state
 
 __all__ = ["CoMeTState"]
@@ -28,17 +28,12 @@ ROW = ("keys", "values")
 class Model(Protocol):
     """What a state has to know of a model."""
 
-    @property
-    def config(self) -> CoMeTConfig:
-        """The model's config."""
+    config: CoMeTConfig
+    framework: str
+    """Whose arrays its files are read as: "pt" or "np"."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of its weights."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of its weights."""
+    def place(self, array: Array) -> Array:
+        """An array on the model's device, in its dtype."""
 
 
 def fingerprint(config: CoMeTConfig) -> str:
@@ -81,19 +76,19 @@ class CoMeTState:
     queue_length: np.ndarray
     """[b] entries in the temporary memory."""
 
-    global_state: tuple[Tensor, ...]
+    global_state: tuple[Array, ...]
     """Per layer [b, m, d], S. Zeros before the first chunk closes. Empty tuple where m = 0."""
 
-    temporary_memory: tuple[Tensor, ...]
+    temporary_memory: tuple[Array, ...]
     """Per layer [b, q, d], T, oldest first; row i's entries are its first `queue_length[i]`. An
     entry joins as its compression token is read; the open chunk's row was made before. Empty
     tuple where s = 0."""
 
-    keys: tuple[Tensor, ...]
+    keys: tuple[Array, ...]
     """Per layer [b, k, p, e], rotated keys of the open chunk's row, index = position. p = 0 where
     no chunk is open."""
 
-    values: tuple[Tensor, ...]
+    values: tuple[Array, ...]
     """Per layer [b, k, p, e], its values."""
 
     @property
@@ -104,16 +99,10 @@ class CoMeTState:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors: bounded by the config, unless chunks never close."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        tensors = [t for name in TENSORS for t in getattr(self, name)]
+        return sum((size(t) or 0) * array_namespace(t).finfo(t.dtype).bits // 8 for t in tensors)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{layer}": tensor
-            for name in TENSORS
-            for layer, tensor in enumerate(getattr(self, name))
-        }
-
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> CoMeTState:
+    def map_tensors(self, function: Callable[[Array], Array]) -> CoMeTState:
         """The state with `function` applied to every tensor."""
         tensors: dict[str, Any] = {
             name: tuple(function(t) for t in getattr(self, name)) for name in TENSORS
@@ -138,9 +127,7 @@ class CoMeTState:
         """
         if copies < 1:
             raise ValueError(f"copies is {copies}; expected at least 1.")
-        counts: dict[str, Any] = {name: np.repeat(getattr(self, name), copies) for name in COUNTS}
-        forked = self.map_tensors(lambda t: t.repeat_interleave(copies, dim=0))
-        return dataclasses.replace(forked, **counts)
+        return self._take(np.repeat(np.arange(self.batch_size), copies))
 
     def select(self, rows: Sequence[int]) -> CoMeTState:
         """The state of some of the sequences, in the order given.
@@ -165,25 +152,30 @@ class CoMeTState:
             raise ValueError(
                 f"rows is {rows}; expected integer indices in [0, {self.batch_size}), at least one."
             )
-        counts = {name: getattr(self, name)[index] for name in COUNTS}
-        chosen = torch.from_numpy(index)
-        picked = self.map_tensors(lambda t: t.index_select(0, chosen.to(t.device)))
+        return self._take(index)
+
+    def _take(self, index: np.ndarray) -> CoMeTState:
+        """Some sequences, copied, no slots kept that none of them has."""
+        counts: dict[str, Any] = {name: getattr(self, name)[index] for name in COUNTS}
         slots, row = int(counts["queue_length"].max()), int(counts["row_length"].max())
         return dataclasses.replace(
-            picked,
+            self,
             **counts,
-            temporary_memory=tuple(t[:, :slots] for t in picked.temporary_memory),
-            keys=tuple(k[:, :, :row] for k in picked.keys),
-            values=tuple(v[:, :, :row] for v in picked.values),
+            global_state=tuple(take_rows(t, index) for t in self.global_state),
+            temporary_memory=tuple(
+                take_rows(t[:, :slots, :], index) for t in self.temporary_memory
+            ),
+            keys=tuple(take_rows(k[:, :, :row, :], index) for k in self.keys),
+            values=tuple(take_rows(v[:, :, :row, :], index) for v in self.values),
         )
 
     def to(self, model: Model) -> CoMeTState:
         """The same state on a model's device and in its dtype."""
-        return self.map_tensors(lambda t: t.to(model.device, model.dtype))
+        return self.map_tensors(model.place)
 
     def detach(self) -> CoMeTState:
         """The same state, through which no gradient flows back."""
-        return self.map_tensors(Tensor.detach)
+        return self.map_tensors(lambda t: t.detach() if hasattr(t, "detach") else t)
 
     def forget_temporary(self, rows: Sequence[bool] | np.ndarray | None = None) -> CoMeTState:
         """The state with an empty queue: what is read next must come from the global memory.
@@ -228,28 +220,32 @@ class CoMeTState:
             FileNotFoundError: no such file.
             ValueError: not a state, cut short, or of a model of another config.
         """
-        name, counts, tensors = read_state(Path(path), COUNTS, TENSORS)
+        name, counts, tensors = read_state(Path(path), COUNTS, TENSORS, model.framework)
         batch_size, backbone = len(counts["tokens"]), model.config.backbone
         if not counts["row_length"].any():
-            row = torch.zeros(batch_size, backbone.num_key_value_heads, 0, backbone.head_dim)
-            empty = (row,) * backbone.num_hidden_layers
+            shape = (batch_size, backbone.num_key_value_heads, 0, backbone.head_dim)
+            empty = (model.place(np.zeros(shape)),) * backbone.num_hidden_layers
             tensors |= {part: tensors[part] or empty for part in ROW}
         state = cls(model=name, **cast(Any, counts), **cast(Any, tensors)).to(model)
-        state.check(model.config, batch_size, model.dtype, model.device)
+        state.check(model.config, batch_size, model.place(np.zeros(0)))
         return state
 
     def check(
         self,
         config: CoMeTConfig,
         batch_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        like: Array,
     ) -> None:
         """Raise unless the state fits a model and a batch.
 
+        Args:
+            config: the model's.
+            batch_size: of the input.
+            like: an array of the model's library, in its dtype and on its device.
+
         Raises:
-            ValueError: it belongs to another config, batch size, dtype or device, or its parts do
-                not fit each other.
+            ValueError: it belongs to another config, batch size, library, dtype or device, or its
+                parts do not fit each other.
         """
         if self.model != fingerprint(config):
             raise ValueError(
@@ -275,6 +271,10 @@ class CoMeTState:
             "keys": (layers, (b, k, None, e)),
             "values": (layers, (b, k, None, e)),
         }
+
+        def kind(x: Array) -> str:
+            return f"{x.dtype} on {device(x)} ({array_namespace(x).__name__.split('.')[-1]})"
+
         for name, (number, shape) in expected.items():
             tensors = getattr(self, name)
             if len(tensors) != number:
@@ -282,7 +282,7 @@ class CoMeTState:
                     f"the state's {name} has {len(tensors)} layers, expected {number}."
                 )
             for tensor in tensors:
-                fits = tensor.dim() == len(shape) and all(
+                fits = tensor.ndim == len(shape) and all(
                     want is None or have == want
                     for have, want in zip(tensor.shape, shape, strict=True)
                 )
@@ -291,10 +291,10 @@ class CoMeTState:
                         f"the state's {name} has shape {tuple(tensor.shape)}, expected {shape} "
                         "(None: any); the file or the state was changed."
                     )
-                if tensor.dtype != dtype or tensor.device != device:
+                if kind(tensor) != kind(like):
                     raise ValueError(
-                        f"the state is {tensor.dtype} on {tensor.device}, the model {dtype} on "
-                        f"{device}; convert it: state.to(model)."
+                        f"the state is {kind(tensor)}, the model {kind(like)}; convert it: "
+                        "state.to(model)."
                     )
         for name in COUNTS:
             if getattr(self, name).shape != (b,) or (getattr(self, name) < 0).any():

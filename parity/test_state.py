@@ -158,7 +158,7 @@ def test_saving_over_a_state_replaces_it_whole(tmp_path, make_config, monkeypatc
     def fail(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("fast.files.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         model(torch.tensor([[1]]), state=state).state.save(path)
     assert path.read_bytes() == before

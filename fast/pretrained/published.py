@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from array_api_compat import array_namespace
 
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
-from ..checkpoints import CONFIG, MODEL, named_tensors, read_json, read_tensors, take_tensor
+from ..arrays import Array
+from ..checkpoints import (
+    CONFIG,
+    MODEL,
+    check_weights,
+    named_tensors,
+    read_json,
+    read_tensors,
+    take_tensor,
+)
 from ..files import atomic_save, atomic_write
-from ..layers import Weights
-from ..parameters import check_weights
 
 __all__ = [
     "LAYER_NAMES",
@@ -108,7 +114,9 @@ class PublishedIds:
     """placeholder_id, which stands where memory slots go."""
 
 
-def load_published(folder: Path) -> tuple[CoMeTConfig, dict[str, Any], PublishedIds]:
+def load_published(
+    folder: Path, framework: str = "pt"
+) -> tuple[CoMeTConfig, dict[str, Any], PublishedIds]:
     """Read an official CoMeT checkpoint.
 
     The compression and readout embeddings are copied out of the embedding table, whose rows stay
@@ -122,7 +130,7 @@ def load_published(folder: Path) -> tuple[CoMeTConfig, dict[str, Any], Published
         ValueError: a file is cut short, foreign, or does not fit the config.
     """
     data = read_json(folder / CONFIG)
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, framework)
     config = _read_config(data, tensors, folder)
     _refuse_unknown(tensors, config, folder)
     ids = PublishedIds(
@@ -135,11 +143,11 @@ def load_published(folder: Path) -> tuple[CoMeTConfig, dict[str, Any], Published
             f"{folder / CONFIG} puts special tokens at {used}, outside the table's {len(table)} rows."
         )
 
-    def fetch(name: str, _: Any) -> Tensor:
+    def fetch(name: str, _: Any) -> Array:
         if name == "compression_embedding":
-            return table[ids.compression].clone()
+            return table[[ids.compression]][0]
         if name == "readout_embeddings":
-            return table[list(ids.readout)].clone()
+            return table[list(ids.readout)]
         return take_tensor(tensors, published_name(name), name, folder)
 
     weights = map_parameters(fetch, shapes(config))
@@ -148,7 +156,7 @@ def load_published(folder: Path) -> tuple[CoMeTConfig, dict[str, Any], Published
 
 
 def save_published(
-    folder: Path, config: CoMeTConfig, weights: Weights, ids: PublishedIds | None = None
+    folder: Path, config: CoMeTConfig, weights: Any, ids: PublishedIds | None = None
 ) -> PublishedIds:
     """Write an official CoMeT checkpoint.
 
@@ -173,14 +181,16 @@ def save_published(
     _check_publishable(config)
     memory, tied = config.memory, config.backbone.tie_word_embeddings
     named = named_tensors(config, weights)
-    table = named["embed_tokens"].clone()
+    xp = array_namespace(named["embed_tokens"])
+    table = xp.asarray(named["embed_tokens"], copy=True)
     head = None if tied else named["lm_head"]
     vocab = len(table)
     if ids is None:
         extra = 2 + memory.global_memory_size
         ids = PublishedIds(vocab, tuple(range(vocab + 1, vocab + extra - 1)), vocab + extra - 1)
-        table = torch.cat([table, table.new_zeros(extra, table.shape[1])])
-        head = None if head is None else torch.cat([head, head.new_zeros(extra, head.shape[1])])
+        rows = xp.zeros_like(table[[0] * extra])
+        table = xp.concat([table, rows])
+        head = None if head is None else xp.concat([head, rows])
     _check_ids(ids, memory.global_memory_size, len(table))
     if memory.has_temporary:
         table[ids.compression] = named["compression_embedding"]
@@ -196,7 +206,7 @@ def save_published(
     return ids
 
 
-def _read_config(data: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> CoMeTConfig:
+def _read_config(data: dict[str, Any], tensors: dict[str, Array], folder: Path) -> CoMeTConfig:
     """Our config from the published one; the adapters' rank is told by the weights alone."""
     needed = (
         *("vocab_size", "chunk_size", "temp_beacon_stride", "temp_mem_budget"),
@@ -235,7 +245,7 @@ def _read_config(data: dict[str, Any], tensors: dict[str, Tensor], folder: Path)
     )
 
 
-def _config_data(config: CoMeTConfig, ids: PublishedIds, table: Tensor) -> dict[str, Any]:
+def _config_data(config: CoMeTConfig, ids: PublishedIds, table: Array) -> dict[str, Any]:
     """The published config, for JSON."""
     memory = config.memory
     data = {
@@ -254,7 +264,7 @@ def _config_data(config: CoMeTConfig, ids: PublishedIds, table: Tensor) -> dict[
     return data | {name: getattr(config.backbone, name) for name in SHARED_FIELDS}
 
 
-def _refuse_unknown(tensors: dict[str, Tensor], config: CoMeTConfig, folder: Path) -> None:
+def _refuse_unknown(tensors: dict[str, Array], config: CoMeTConfig, folder: Path) -> None:
     """Raise where a published checkpoint holds what the model would leave out without a word."""
     used = {
         published_name(name) for name in named_parameters(shapes(config)) if name not in SPECIAL
