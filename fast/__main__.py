@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
                          "the last chunk has any size")  # fmt: skip
     measure.add_argument("--seed", type=int, default=1)
     measure.add_argument("--model", help="a checkpoint's folder (default: the shipped model)")
+    measure.add_argument("--engine", choices=["cupy", "numpy"], help="run on the engine, on "
+                         "arrays of that library (default: PyTorch)")  # fmt: skip
     measure.add_argument("--haystack", help="a text file (default: the built-in text)")
     measure.add_argument("--out", type=Path, help="folder for results and pictures")
     measure.set_defaults(run=_measure)
@@ -105,6 +107,7 @@ def _measure(args: argparse.Namespace) -> None:
         args.seed,
         args.processes,
         args.model,
+        args.engine,
         args.haystack,
     )
     file = None if args.out is None else args.out / f"{args.variant}.json"

@@ -1,7 +1,9 @@
 """What an import brings with it, and what a command says when a package is missing."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,11 +23,64 @@ def test_the_model_needs_no_package_of_the_commands():
     """Nor does it bring the rooms above it: tasks, bench, published checkpoints."""
     script = f"""{BLOCKED}
 import fast
+fast.CoMeTModel, fast.CoMeTState, fast.keep_memory
 above = ("fast.tasks", "fast.bench", "fast.pretrained")
 print([name for name in sys.modules if name.startswith(above)])
 """
     run = run_python(script)
     assert (run.returncode, run.stdout) == (0, "[]\n"), run.stderr
+
+
+def test_the_engine_needs_no_pytorch(tmp_path):
+    """It reads, decodes, saves and loads; nothing that it imports asks for PyTorch."""
+    script = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("not allowed: " + name)
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from fast import CoMeTState
+from fast.cupy_engine import CoMeTEngine
+engine = CoMeTEngine.from_pretrained(sys.argv[1], library="numpy")
+out = engine(np.arange(300)[None] % 256, logits="last")
+out.state.save(sys.argv[2])
+state = CoMeTState.load(sys.argv[2], engine)
+ids = engine.generate(np.array([[32]]), state, 5).ids
+assert ids == engine.generate(np.array([[32]]), out.state, 5).ids
+print(len(ids[0]), "torch" in sys.modules)
+"""
+    model = Path(__file__).parent.parent / "fast" / "tasks" / "passkey_model"
+    run = run_python(script, str(model), str(tmp_path / "state"))
+    assert (run.returncode, run.stdout) == (0, "5 False\n"), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("setup", "match"),
+    [
+        ("sys.modules['cupy'] = None", r'pip install "comet-memory\[cupy\]" for CUDA 12'),
+        ("gpu(False)", "CuPy 14.2.0 finds no GPU; check the driver with nvidia-smi"),
+    ],
+)
+def test_without_a_gpu_the_engine_says_what_to_do(setup, match):
+    script = f"""
+import sys
+from types import SimpleNamespace
+def gpu(there):
+    cuda = SimpleNamespace(is_available=lambda: there)
+    sys.modules["cupy"] = SimpleNamespace(__version__="14.2.0", cuda=cuda)
+{setup}
+from fast.cupy_engine import CoMeTEngine
+try:
+    CoMeTEngine.from_pretrained("anywhere")
+except ImportError as error:
+    print(error)
+"""
+    run = run_python(script)
+    assert run.returncode == 0, run.stderr
+    assert re.search(match, run.stdout), run.stdout
+    assert 'library="numpy"' in run.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fast import CoMeTModel
+from fast.cupy_engine import CoMeTEngine
 
 TWINS = ("chunking", "layers", "temporary_memory", "global_memory", "parameters", "stream", "model")
 
@@ -23,7 +24,20 @@ ELSEWHERE = {
     "parameters.named_parameters": "used as it is",
     "parameters.shapes": "used as it is",
 }
-"""Reference names without a twin of the same form, and why."""
+"""Reference names without a twin of the same form in `fast`, and why."""
+
+ENGINE = ("layers", "temporary_memory", "global_memory", "stream", "engine")
+"""Modules of the third tree; the rest it shares with `fast`."""
+
+ENGINE_ELSEWHERE = {
+    "layers.rotary_frequencies": "the reference's own, on the host",
+    "stream.new_state": "takes an array of the model in place of a dtype",
+    "stream.read": "for inference: nothing to cut derivatives by",
+    "model.language_loss": "for training",
+    "model.forward": "CoMeTEngine.__call__",
+    "model.generate": "CoMeTEngine.generate",
+}
+"""Names without a twin of the same form in `fast.cupy_engine`, beside those of `ELSEWHERE`."""
 
 
 def names():
@@ -50,9 +64,31 @@ def test_every_reference_function_has_a_twin_with_the_same_arguments(module, nam
     assert found[: len(wanted)] == wanted, f"{module}.{name}: {found}, expected {wanted} first"
 
 
+@pytest.mark.parametrize(("module", "name"), list(names()))
+def test_the_engine_has_a_twin_with_the_same_arguments(module, name):
+    home = {"model": "engine"}.get(module, module)
+    if home not in ENGINE or f"{module}.{name}" in ENGINE_ELSEWHERE:
+        return
+    spec = getattr(importlib.import_module(f"reference.{module}"), name)
+    engine = importlib.import_module(f"fast.cupy_engine.{home}")
+    assert hasattr(engine, name), f"fast/cupy_engine/{home}.py has no {name}"
+    wanted = list(inspect.signature(spec).parameters)
+    found = list(inspect.signature(getattr(engine, name)).parameters)
+    assert found[: len(wanted)] == wanted, f"{module}.{name}: {found}, expected {wanted} first"
+
+
+def test_the_engine_s_face_is_the_model_s():
+    for model, engine in (("forward", "__call__"), ("generate", "generate")):
+        wanted = set(inspect.signature(getattr(CoMeTModel, model)).parameters)
+        found = set(inspect.signature(getattr(CoMeTEngine, engine)).parameters)
+        assert found <= wanted
+        assert wanted - found <= {"labels", "backprop_chunks"}, "of training"
+
+
 @pytest.mark.parametrize("module", TWINS)
 def test_all_lists_every_public_function(module):
-    for tree in ("reference", "fast"):
+    trees = ["reference", "fast"] + ["fast.cupy_engine"] * (module in ENGINE)
+    for tree in trees:
         loaded = importlib.import_module(f"{tree}.{module}")
         own = {
             name

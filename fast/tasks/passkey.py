@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..arrays import Array
+from ..cupy_engine import CoMeTEngine
 from ..model import CoMeTModel
 from ..state import CoMeTState
 
@@ -227,11 +229,13 @@ def blocks(example: Example, size: int) -> Iterator[bytes]:
         yield bytes(held)
 
 
-def answers(model: CoMeTModel, examples: Sequence[Example], block: int = 4096) -> list[bytes]:
+def answers(
+    model: CoMeTModel | CoMeTEngine, examples: Sequence[Example], block: int = 4096
+) -> list[bytes]:
     """What a model says to the question of each text, read side by side.
 
     Args:
-        model: byte-level, vocabulary 256.
+        model: byte-level, vocabulary 256, on PyTorch or on arrays.
         examples: texts of one length.
         block: bytes of each text held at a time.
 
@@ -244,23 +248,37 @@ def answers(model: CoMeTModel, examples: Sequence[Example], block: int = 4096) -
     if len({example.length for example in examples}) != 1:
         raise ValueError("the texts have several lengths; give those of one length together.")
     state: CoMeTState | None = None
-    last: torch.Tensor | None = None
+    last: Array | None = None
     with torch.no_grad():
         for parts in zip(*(blocks(example, block) for example in examples), strict=True):
             if last is not None:
                 state = model(last, state=state, logits="none").state
-            last = torch.from_numpy(np.stack([encode(part) for part in parts])).to(model.device)
+            ids = np.stack([encode(part) for part in parts])
+            if isinstance(model, CoMeTModel):
+                last = torch.from_numpy(ids).to(model.device)
+            else:
+                last = model.xp.asarray(ids, device=model.device)
         assert last is not None  # a text is never empty
         out = model.generate(last, state, max_new_tokens=8, stop_ids=(10,))
     return [bytes(ids) for ids in out.ids]
 
 
-def found(model: CoMeTModel, examples: Sequence[Example]) -> list[bool]:
+def found(model: CoMeTModel | CoMeTEngine, examples: Sequence[Example]) -> list[bool]:
     """For each text, whether the first number in the model's answer is its key."""
     said = answers(model, examples)
     return [first_number(a) == e.key for a, e in zip(said, examples, strict=True)]
 
 
-def load_model() -> CoMeTModel:
-    """The trained model that comes with the package."""
-    return CoMeTModel.from_pretrained(Path(__file__).parent / "passkey_model")
+def load_model(
+    folder: str | Path | None = None, engine: str | None = None
+) -> CoMeTModel | CoMeTEngine:
+    """A trained model.
+
+    Args:
+        folder: of a checkpoint; None is the model that comes with the package.
+        engine: the engine's library, "cupy" or "numpy"; None is PyTorch's model.
+    """
+    folder = Path(__file__).parent / "passkey_model" if folder is None else Path(folder)
+    if engine is None:
+        return CoMeTModel.from_pretrained(folder)
+    return CoMeTEngine.from_pretrained(folder, library=engine)

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from reference.parameters import named_parameters, shapes
+
 from ..files import atomic_write
 from ..machine import keep_memory, machine, peak_memory
-from ..model import CoMeTModel
 from . import passkey
 
 __all__ = [
@@ -65,6 +66,9 @@ class Setting:
 
     model: str | None = None
     """A checkpoint's folder; None is the shipped model."""
+
+    engine: str | None = None
+    """"cupy" or "numpy": the engine on arrays of that library; None is PyTorch's model."""
 
     haystack: str | None = None
     """A text file for the prose variant; None is the built-in text's test split."""
@@ -172,8 +176,7 @@ def _set_up(barrier: Barrier) -> None:
 
 def _measure_part(setting: Setting, length: int, part: int) -> Part:
     """Every `shares`th depth from the `part`th on, in a process of its own."""
-    folder = None if setting.model is None else Path(setting.model)
-    model = passkey.load_model() if folder is None else CoMeTModel.from_pretrained(folder)
+    model = passkey.load_model(setting.model, setting.engine)
     haystack = passkey.read_haystack(setting.haystack) if setting.variant == "prose" else None
     rng = np.random.default_rng([setting.seed, length])
     mine = slice(part, None, setting.shares)
@@ -343,8 +346,8 @@ def demo(folder: Path, lengths: Sequence[int] = LENGTHS, processes: int | None =
         print(f"wrote {path}")
     right, trials = sum(r.right for r in results), sum(r.trials for r in results)
     first, last = results[min(2, len(results) - 1)], results[-1]
-    model = passkey.load_model()
-    parameters = sum(p.numel() for p in model.parameters())
+    config = passkey.load_model().config
+    parameters = sum(math.prod(shape) for shape in named_parameters(shapes(config)).values())
     print(
         f"\nShown: a model of {parameters:,} parameters, trained on texts of at most 4,096 bytes, "
         f"gave back {right} of {trials} keys hidden at 11 depths of texts of {lengths[0]:,} to "

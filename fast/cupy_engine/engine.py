@@ -1,0 +1,348 @@
+"""`CoMeTEngine`: the model's face on arrays, for inference; twin of `reference/model.py`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_array_api_obj
+
+from reference.config import CoMeTConfig
+from reference.parameters import map_parameters, shapes
+
+from ..arrays import Array, to_host
+from ..checkpoints import check_weights, load_checkpoint, named_tensors
+from ..inputs import (
+    check_choice,
+    check_chunk_sizes,
+    check_count,
+    check_ids,
+    check_lengths,
+    check_sampling,
+    check_stop_ids,
+    check_vocabulary,
+    zero_padding,
+)
+from ..state import CoMeTState
+from .layers import Weights, linear, rms_norm
+from .sampling import sample
+from .stream import Reading, close_chunk, join, new_state, read
+
+__all__ = ["CoMeTEngine", "EngineGeneration", "EngineOutput", "predict"]
+
+DTYPES = ("float64", "float32", "float16")
+
+
+def predict(hidden: Array, params: Weights, config: CoMeTConfig) -> Array:
+    """Logits: rms_norm(H') W^T, W the embedding table where tied. Twin of
+    `reference.model.predict`.
+
+    Args:
+        hidden: [..., d], the top layer's output at text tokens.
+
+    Returns:
+        [..., vocab].
+    """
+    tied = config.backbone.tie_word_embeddings
+    table = params["embed_tokens"] if tied else params["lm_head"]
+    return linear(rms_norm(hidden, params["norm"], config.backbone.rms_norm_eps), table)
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """What a call returns."""
+
+    state: CoMeTState
+    """Where the streams stand after the text."""
+
+    logits: Array | None
+    """[b, n, vocab] for logits="all", zero after a sequence's length; [b, 1, vocab], after each
+    sequence's last token, for "last"; None for "none"."""
+
+
+@dataclass(frozen=True)
+class EngineGeneration:
+    """What `generate` returns."""
+
+    ids: list[list[int]]
+    """New tokens of every sequence, the stop token included where one was reached."""
+
+    state: CoMeTState
+    """Where the streams stand: they have read the new tokens too."""
+
+
+class CoMeTEngine:
+    """A CoMeT model on arrays, for inference: the face of `CoMeTModel`, without PyTorch.
+
+    `engine(ids)` reads a text, `engine(more, state=out.state)` reads on. Arrays are those of one
+    library, on one device; the weights decide which.
+    """
+
+    framework = "np"
+    """Whose arrays files are read as."""
+
+    def __init__(self, config: CoMeTConfig, weights: dict[str, Any]) -> None:
+        """An engine of given weights.
+
+        Args:
+            config: the model.
+            weights: nested dict of arrays under the names of `reference.parameters.shapes`, which
+                are not copied.
+
+        Raises:
+            ValueError: weights that do not fit the config, are not arrays of one library and
+                device, or hold NaN or infinity.
+        """
+        first = weights.get("norm")
+        if not is_array_api_obj(first):
+            raise ValueError(
+                f"the weight norm is a {type(first).__name__}; expected an array, e.g. of NumPy or "
+                "CuPy."
+            )
+        map_parameters(lambda name, x: _check_home(name, x, first), weights)
+        check_weights(weights, config)
+        self.config, self.weights = config, weights
+        self.xp = array_namespace(first)
+
+    @property
+    def device(self) -> Any:
+        """Device of the weights."""
+        return device(self.weights["norm"])
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the weights."""
+        return self.weights["norm"].dtype
+
+    def place(self, array: Array) -> Array:
+        """An array of the engine's library or NumPy's, on its device, in its dtype."""
+        return self.xp.asarray(array, dtype=self.dtype, device=self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: str | None = None,
+        device: Any = None,
+        *,
+        library: str | Any = "cupy",
+    ) -> CoMeTEngine:
+        """Read a model that `CoMeTModel.save_pretrained` wrote, or an official CoMeT checkpoint.
+
+        Args:
+            folder: with config.json and model.safetensors (or its shards and their index).
+            dtype: "float64", "float32" or "float16"; None is the checkpoint's, or float32 where
+                that is bfloat16.
+            device: of the library; None is its default.
+            library: "cupy", "numpy", or a module of the Python array API standard.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ImportError: the library is not there, or has no GPU to run on; what to do is said.
+            ValueError: a file is cut short or foreign, or an argument does not fit.
+        """
+        if dtype is not None:
+            check_choice("dtype", dtype, DTYPES)
+        xp = _import_library(library) if isinstance(library, str) else library
+        config, weights = load_checkpoint(Path(folder), "np")
+
+        def place(_: str, x: np.ndarray) -> Array:
+            kind = getattr(xp, dtype or str(x.dtype))
+            return xp.asarray(x, dtype=kind, device=device)
+
+        return cls(config, map_parameters(place, weights))
+
+    @classmethod
+    def from_model(cls, model: Any, *, library: str | Any = "cupy") -> CoMeTEngine:
+        """The engine of a `CoMeTModel`, on the memory of its weights: nothing is copied.
+
+        Args:
+            model: on a device of the library. What changes its weights in place changes the
+                engine's.
+            library: as in `from_pretrained`.
+
+        Raises:
+            ImportError: as in `from_pretrained`.
+            ValueError: the library cannot share the model's device or dtype.
+        """
+        xp = _import_library(library) if isinstance(library, str) else library
+        named = named_tensors(model.config, model.weights)
+        try:
+            tree = map_parameters(lambda name, _: xp.from_dlpack(named[name]), shapes(model.config))
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the model is {model.dtype} on {model.device}, which {xp.__name__} cannot share "
+                f"({error}); convert or move the model, or save it and use from_pretrained."
+            ) from error
+        return cls(model.config, tree)
+
+    def new_state(self, batch_size: int = 1) -> CoMeTState:
+        """The state before any text.
+
+        Args:
+            batch_size: sequences to read side by side.
+
+        Raises:
+            ValueError: batch_size below 1.
+        """
+        check_count("batch_size", batch_size, 1)
+        return new_state(self.config, self.weights["norm"], batch_size)
+
+    def close_chunk(self, state: CoMeTState) -> CoMeTState:
+        """End the open chunk by hand, so that what comes next starts a chunk of its own.
+
+        Args:
+            state: where the streams stand; it is not changed.
+
+        Raises:
+            ValueError: the state belongs to another model.
+        """
+        state.check(self.config, state.batch_size, self.weights["norm"])
+        return close_chunk(state, self.weights, self.config)
+
+    def __call__(
+        self,
+        ids: Array,
+        lengths: Array | Sequence[int] | None = None,
+        state: CoMeTState | None = None,
+        logits: str = "all",
+        chunk_sizes: Sequence[int] | None = None,
+    ) -> EngineOutput:
+        """Read text: `CoMeTModel.forward` without labels.
+
+        Args:
+            ids: [b, n] or [n] integer token ids in [0, vocab_size), padded at the right.
+            lengths: [b] tokens of each sequence, 1 to n; None is n for all.
+            state: where the streams stand; None starts new ones. It is not changed.
+            logits: "all", "last" (after each sequence's last token) or "none".
+            chunk_sizes: sizes in tokens, adding up to n, of the chunks to cut this text into.
+
+        Raises:
+            ValueError: an argument does not fit; the message says which, and what would.
+        """
+        ids, sizes, state = self._check(ids, lengths, state)
+        check_choice("logits", logits, ("all", "last", "none"))
+        if chunk_sizes is not None:
+            chunk_sizes = check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
+        params, config = self.weights, self.config
+        parts: list[Reading] = []
+        last: Array | None = None
+        for part in read(
+            ids, state, params, config, chunk_sizes=chunk_sizes, lengths=sizes, outputs=logits
+        ):
+            state = part.state
+            if logits == "all":
+                parts.append(part)
+            elif logits == "last":
+                last = part.last(last)
+        found = None
+        if logits == "all":
+            found = predict(join(parts, ids.shape[1]), params, config)
+        elif last is not None:
+            found = predict(last[:, None, :], params, config)
+        return EngineOutput(state, found)
+
+    def generate(
+        self,
+        ids: Array,
+        state: CoMeTState | None = None,
+        max_new_tokens: int = 128,
+        stop_ids: Collection[int] = (),
+        roll: bool = True,
+        *,
+        lengths: Array | Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: np.random.Generator | None = None,
+        on_token: Callable[[list[int | None]], None] | None = None,
+    ) -> EngineGeneration:
+        """Continue a text, in constant memory: the arguments are those of `CoMeTModel.generate`,
+        with NumPy's generator.
+
+        Raises:
+            ValueError: an argument does not fit; the message says which, and what would.
+        """
+        ids, sizes, state = self._check(ids, lengths, state)
+        check_count("max_new_tokens", max_new_tokens, 0)
+        stop_ids = check_stop_ids(stop_ids)
+        check_sampling(temperature, top_k, top_p)
+        params, config, b = self.weights, self.config, ids.shape[0]
+        new: list[list[int]] = [[] for _ in range(b)]
+        running = np.full(b, max_new_tokens > 0)
+        last: Array | None = None
+        for part in read(ids, state, params, config, lengths=sizes, outputs="last"):
+            last, state = part.last(last), part.state
+        while running.any() and last is not None:
+            logits = to_host(predict(last, params, config))  # [b, vocab]
+            tokens = sample(logits, temperature, top_k, top_p, generator)
+            step = [int(t) if run else None for t, run in zip(tokens, running, strict=True)]
+            text = self.xp.asarray(tokens[:, None], dtype=self.xp.int64, device=self.device)
+            take = running.astype(np.int64)
+            for part in read(text, state, params, config, roll=roll, lengths=take, outputs="last"):
+                last, state = part.last(last), part.state
+            for row, token in enumerate(step):
+                if token is not None:
+                    new[row].append(token)
+                    running[row] = token not in stop_ids and len(new[row]) < max_new_tokens
+            if on_token is not None:
+                on_token(step)
+        return EngineGeneration(new, state)
+
+    def _check(
+        self, ids: Array, lengths: Array | Sequence[int] | None, state: CoMeTState | None
+    ) -> tuple[Array, np.ndarray, CoMeTState]:
+        """The arguments of a call in their one form: [b, n], zero in the padding; [b]; a state."""
+        like = self.weights["norm"]
+        ids = check_ids(ids, like)
+        sizes = check_lengths(lengths, *ids.shape)
+        ids = zero_padding(ids, sizes)
+        check_vocabulary(ids, self.config.backbone.vocab_size)
+        if state is None:
+            state = self.new_state(ids.shape[0])
+        state.check(self.config, ids.shape[0], like)
+        return ids, sizes, state
+
+
+def _check_home(name: str, x: Array, first: Array) -> None:
+    """Raise ValueError unless an array is of another's library and on its device."""
+    if not is_array_api_obj(x) or array_namespace(x) is not array_namespace(first):
+        raise ValueError(
+            f"the weight {name} is a {type(x).__module__}.{type(x).__name__}, where norm is a "
+            f"{type(first).__module__}.{type(first).__name__}; give arrays of one library."
+        )
+    if device(x) != device(first):
+        raise ValueError(
+            f"the weight {name} is on {device(x)}, where norm is on {device(first)}; move all "
+            "weights to one device."
+        )
+
+
+def _import_library(name: str) -> Any:
+    """The array library of a name, ready to compute.
+
+    Raises:
+        ImportError: it is not installed, or finds no GPU.
+        ValueError: the name is not known.
+    """
+    check_choice("library", name, ("cupy", "numpy"))
+    if name == "numpy":
+        return importlib.import_module("array_api_compat.numpy")
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise ImportError(
+            f"CuPy is not usable ({error}); install the one for your CUDA, e.g. pip install "
+            '"comet-memory[cupy]" for CUDA 12 or "comet-memory[cupy13]" for CUDA 13, or take '
+            'library="numpy".'
+        ) from error
+    if not cupy.cuda.is_available():
+        raise ImportError(
+            f"CuPy {cupy.__version__} finds no GPU; check the driver with nvidia-smi, or take "
+            'library="numpy".'
+        )
+    return importlib.import_module("array_api_compat.cupy")

@@ -1,0 +1,89 @@
+"""The gated global memory on arrays: twin of `reference/global_memory.py`."""
+
+from __future__ import annotations
+
+from array_api_compat import array_namespace
+
+from reference.config import MemoryConfig
+
+from ..arrays import Array
+from .layers import Weights, adapter, linear, narrow, rms_norm, sigmoid, widen
+
+__all__ = ["gate", "propose", "read_global", "update_global"]
+
+
+def propose(readout: Array, weights: Weights, eps: float | None) -> Array:
+    """What the chunk proposes to remember: candidate = rms_norm(R'). Twin of
+    `reference.global_memory.propose`.
+
+    Args:
+        readout: [b, m, d], the layer's output at the readout tokens.
+        weights: "norm" [d].
+        eps: see `rms_norm`.
+
+    Returns:
+        [b, m, d].
+    """
+    return rms_norm(readout, weights["norm"], eps)
+
+
+def gate(candidate: Array, state: Array, weights: Weights, saturation: float) -> Array:
+    """The share of S_t kept: g = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation). Twin of
+    `reference.global_memory.gate`.
+
+    Args:
+        candidate, state: [b, m, d].
+        weights: "gate" [1, 2d] (scalar) or [d, 2d] (vector), and "gate_bias" where there is one.
+        saturation: in (0, 1]; 1.0 is the published gate.
+
+    Returns:
+        [b, m, 1] (scalar) or [b, m, d] (vector), in [0, 1]: the share of the old state kept.
+    """
+    xp = array_namespace(candidate)
+    joined = xp.concat([candidate, state], axis=-1)  # [b, m, 2d], candidate first
+    logit = linear(joined, weights["gate"], weights.get("gate_bias"))
+    g = narrow(sigmoid(widen(logit)), logit)
+    return g if saturation == 1.0 else xp.minimum(g / saturation, xp.ones_like(g))
+
+
+def update_global(
+    state: Array | None,
+    readout: Array,
+    weights: Weights,
+    config: MemoryConfig,
+    has_state: Array | None = None,
+) -> Array:
+    """The new state: S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk.
+
+    Twin of `reference.global_memory.update_global`.
+
+    Args:
+        state: [b, m, d], or None on the first chunk.
+        readout: [b, m, d], R'.
+        weights: a layer's "global_memory".
+        has_state: [r, 1] int64, 0 where this is the sequence's first chunk, else 1; None is 1 for
+            all.
+
+    Returns:
+        [b, m, d].
+    """
+    candidate = propose(readout, weights, config.global_norm_eps)
+    if state is None:
+        return candidate
+    g = gate(candidate, state, weights, config.gate_saturation)
+    if has_state is not None:
+        g = g * narrow(has_state, g)[:, :, None]
+    return g * state + (1.0 - g) * candidate
+
+
+def read_global(state: Array, weights: Weights) -> Array:
+    """What the next chunk sees: G = adapter_g(S). Twin of `reference.global_memory.read_global`.
+
+    Args:
+        state: [b, m, d].
+        weights: "adapter_down" [r, d], "adapter_up" [d, r].
+
+    Returns:
+        [b, m, d].
+    """
+    return adapter(state, weights)
