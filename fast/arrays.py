@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_cupy_array, is_torch_array
+from array_api_compat import (
+    array_namespace,
+    device,
+    is_cupy_array,
+    is_numpy_array,
+    is_torch_array,
+)
 
 __all__ = ["Array", "all_finite", "is_floating", "is_integer", "take_rows", "to_host"]
 
@@ -23,7 +29,7 @@ def to_host(x: Array) -> np.ndarray:
         return x.detach().cpu().numpy()
     if is_cupy_array(x):
         return x.get()
-    return x if isinstance(x, np.ndarray) else np.from_dlpack(x)
+    return np.asarray(x) if is_numpy_array(x) else np.from_dlpack(x)
 
 
 def all_finite(x: Array) -> bool:

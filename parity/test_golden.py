@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
+from fast.cupy_engine import CoMeTEngine
 from fast.global_memory import read_global as fast_read
 from fast.parameters import to_arrays, to_tensors
 from fast.pretrained import PublishedIds, load_published, published_name, save_published
@@ -26,7 +27,7 @@ from reference import stream
 from reference.global_memory import read_global
 from reference.parameters import map_parameters, named_parameters, shapes
 
-from .assertions import FAST_GOLDEN, REFERENCE_GOLDEN, assert_near
+from .assertions import ENGINE_GOLDEN, FAST_GOLDEN, REFERENCE_GOLDEN, array, assert_near
 from .test_gradients import STEP
 
 RECORDED = {
@@ -124,6 +125,8 @@ def test_logits(golden, case, layout):
     assert_near(logits, data[key], f"{case}, reference logits", REFERENCE_GOLDEN)
     out = model(torch.tensor(ids)[None].long(), chunk_sizes=sizes)
     assert_near(out.logits[0], data[key], f"{case}, fast logits", FAST_GOLDEN)
+    out = CoMeTEngine(config, params)(np.asarray(ids)[None], chunk_sizes=sizes)
+    assert_near(out.logits[0], data[key], f"{case}, engine logits", ENGINE_GOLDEN)
 
 
 def test_memories_after_every_chunk(golden, case, layout):
@@ -298,3 +301,12 @@ def test_another_folder_of_the_same_form(golden, tmp_path, request):
 def test_ids_of_special_tokens_are_kept(golden):
     _, _, ids = load_published(golden / "checkpoint")
     assert ids == PublishedIds(63, (58, 59, 60, 61), 62)
+
+
+def test_the_engine_reads_an_official_checkpoint(golden):
+    path = golden / "checkpoint"
+    engine = CoMeTEngine.from_pretrained(path, dtype="float64", library="numpy")
+    model, ids = CoMeTModel.from_pretrained(path).double(), np.arange(40)[None] % 20
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits
+    assert_near(engine(ids).logits, array(expected), "official checkpoint", 1e-11)
