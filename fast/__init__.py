@@ -40,6 +40,10 @@ _HOMES = {
 """Where a name lives, imported when it is asked for: the engine on arrays runs without PyTorch."""
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,9 +24,10 @@ Array = Any
 
 
 def to_host(x: Array) -> np.ndarray:
-    """The same numbers as NumPy's, without a graph; of a dtype that NumPy has."""
+    """The same numbers as NumPy's, without a graph; bfloat16, which it has not, as float32."""
     if is_torch_array(x):
-        return x.detach().cpu().numpy()
+        x = x.detach().cpu()
+        return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
     if is_cupy_array(x):
         return x.get()
     return np.asarray(x) if is_numpy_array(x) else np.from_dlpack(x)

@@ -199,9 +199,9 @@ def read_file(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Arr
     try:
         with safe_open(str(path), framework=framework) as file:
             names = list(file.keys())
-            halves = {n for n in names if file.get_slice(n).get_dtype() == "BF16"}
-            if framework != "np":
-                halves = set()
+            halves = set()
+            if framework == "np":
+                halves = {n for n in names if file.get_slice(n).get_dtype() == "BF16"}
             arrays = {n: file.get_tensor(n) for n in names if n not in halves}
             header = file.metadata() or {}
         if halves:
@@ -213,6 +213,10 @@ def read_file(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Arr
             f"{path} is not a readable safetensors file ({error}); it may be cut short."
         ) from error
     return header, arrays
+
+
+def _is_int64(x: Array) -> bool:
+    return str(x.dtype).removeprefix("torch.") == "int64"
 
 
 def _widen_bfloat16(view: dict[str, Any]) -> np.ndarray:
@@ -302,7 +306,7 @@ def read_state(
     numbers = {}
     for name in counts:
         count = found.pop(f"count.{name}", None)
-        if count is None or str(count.dtype)[-5:] != "int64" or count.ndim != 1 or not len(count):
+        if count is None or count.ndim != 1 or not len(count) or not _is_int64(count):
             raise ValueError(
                 f"{path} lacks count.{name} as int64 of one dimension; it is not a whole state."
             )

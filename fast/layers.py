@@ -227,9 +227,10 @@ def causal_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor | 
         dtype: of the queries.
 
     Returns:
-        [r, 1, n, length], 0 or -inf; None where the new slots are the whole row.
+        [r, 1, n, length], 0 or -inf; None where the new slots are the whole row, alike in all
+        sequences.
     """
-    if positions.shape[1] == length:
+    if positions.shape == (1, length):
         return None
     unseen = torch.arange(length, device=positions.device) > positions[:, None, :, None]
     return unseen.new_zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)

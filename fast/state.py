@@ -170,7 +170,7 @@ class CoMeTState:
         )
 
     def to(self, model: Model) -> CoMeTState:
-        """The same state on a model's device and in its dtype."""
+        """The same state in a model's library and dtype, on its device."""
         return self.map_tensors(model.place)
 
     def detach(self) -> CoMeTState:
@@ -272,6 +272,8 @@ class CoMeTState:
             "values": (layers, (b, k, None, e)),
         }
 
+        dtype, where = str(like.dtype), device(like)
+
         def kind(x: Array) -> str:
             return f"{x.dtype} on {device(x)} ({array_namespace(x).__name__.split('.')[-1]})"
 
@@ -291,7 +293,7 @@ class CoMeTState:
                         f"the state's {name} has shape {tuple(tensor.shape)}, expected {shape} "
                         "(None: any); the file or the state was changed."
                     )
-                if kind(tensor) != kind(like):
+                if str(tensor.dtype) != dtype or device(tensor) != where:
                     raise ValueError(
                         f"the state is {kind(tensor)}, the model {kind(like)}; convert it: "
                         "state.to(model)."

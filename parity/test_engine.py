@@ -28,6 +28,7 @@ from reference import model as spec
 from reference.parameters import map_parameters
 
 from .assertions import (
+    HALF_YARDSTICK,
     YARDSTICK,
     array,
     assert_at_most,
@@ -36,6 +37,8 @@ from .assertions import (
     assert_same_stream,
     assert_state_equal,
     largest_error,
+    relative_error,
+    typical_error,
 )
 from .strategies import (
     VOCAB,
@@ -49,6 +52,7 @@ from .strategies import (
     widened,
 )
 from .test_batches import batches, padded, texts
+from .test_half_types import even_weights
 
 array_api_strict.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
 
@@ -77,6 +81,7 @@ NUMPY = Home("numpy", numpy_namespace, None)
 STRICT = Home("strict", array_api_strict, array_api_strict.Device("device1"))
 NO_FLOAT64 = Home("no float64", array_api_strict, array_api_strict.Device("no_float64"))
 homes = pytest.mark.parametrize("home", [NUMPY, STRICT], ids=lambda home: home.name)
+TEXT = torch.tensor([[1, 2, 3]])
 fewer = settings(max_examples=max(1, settings.default.max_examples // 2))
 """The laws have been tried on PyTorch too; here each is tried on two homes."""
 
@@ -385,6 +390,33 @@ def test_an_engine_shares_the_weights_of_its_model(case):
         CoMeTEngine.from_model(model.bfloat16(), library="numpy")
 
 
+@fewer
+@given(case=cases())
+def test_float16_errs_as_a_rounding_of_the_weights_does(case):
+    """Over a whole text, memories and all."""
+    config, seed, ids = case
+    weights = map_parameters(lambda _, p: p.astype(np.float16), even_weights(config, seed))
+    params = map_parameters(lambda _, p: p.astype(np.float64), weights)
+    found = NUMPY.engine(config, weights)(np.array([ids])).logits
+    assert found.dtype == np.float16
+    epsilon, wide = float(np.finfo(np.float16).eps), widened(config)
+    moved = [params, *(nudged(params, jitter, epsilon) for jitter in range(3))]
+    expected, *others = (spec.forward(ids, stream.new_state(wide), p, wide)[0] for p in moved)
+    for error in (relative_error, typical_error):
+        own = max(error(other, expected) for other in others)
+        limit = HALF_YARDSTICK * (own + 8 * epsilon)
+        assert_at_most(error(found[0], expected), limit, error.__name__)
+
+
+def test_what_float16_cannot_hold_is_refused(make_config, tmp_path):
+    config = make_config()
+    params = random_weights(config, 0)
+    params["norm"] = params["norm"] * 1e6
+    CoMeTModel(config, to_tensors(params, torch.float64)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="norm holds .* more than float16 can"):
+        CoMeTEngine.from_pretrained(tmp_path, dtype="float16", library="numpy")
+
+
 def test_it_reads_the_shipped_checkpoint():
     from fast.tasks import passkey
 
@@ -406,7 +438,7 @@ def test_bad_input_says_what_is_wrong(make_config, tmp_path):
     config = make_config()
     params = random_weights(config, 0)
     engine, strict = NUMPY.engine(config, params), STRICT.engine(config, params)
-    ids = np.array([[1, 2, 3]])
+    ids, model = np.array([[1, 2, 3]]), CoMeTModel(config, to_tensors(params, torch.float64))
     state = engine(ids).state
     mixed = STRICT.tree(params) | {"norm": params["norm"]}
     elsewhere = STRICT.tree(params)
@@ -429,12 +461,21 @@ def test_bad_input_says_what_is_wrong(make_config, tmp_path):
         (lambda: CoMeTEngine(config, mixed), "give arrays of one library"),
         (lambda: CoMeTEngine(config, elsewhere), "move all weights to one device"),
         (lambda: CoMeTEngine(config, {}), "the weight norm is a NoneType"),
+        (lambda: CoMeTEngine(config, model.weights), "make an engine with CoMeTEngine.from_model"),
+        (
+            lambda: NUMPY.engine(config, params, "int64"),
+            "the weights are int64; the engine computes",
+        ),
+        (lambda: engine.generate(ids, generator=torch.Generator()), "generator is a Generator"),
+        (lambda: engine(ids, state=model(TEXT).state), r"the model float64 .*state.to\(model\)"),
         (lambda: CoMeTEngine.from_pretrained(tmp_path, dtype="bfloat16"), "dtype is 'bfloat16'"),
         (lambda: CoMeTEngine.from_pretrained(tmp_path, library="jax"), "library is 'jax'"),
     ):
         with pytest.raises(ValueError, match=match):
             call()
     assert strict(STRICT.array(ids), state=state.to(strict)).logits is not None
+    of_model = model.bfloat16()(TEXT).state  # with a graph, in a dtype that NumPy has not
+    assert engine(ids, state=of_model.to(engine)).logits is not None
 
 
 def test_reading_asks_for_no_more_than_it_is_asked():

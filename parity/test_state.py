@@ -129,6 +129,7 @@ def test_a_changed_file_is_refused(tmp_path, make_config):
     refused({"keys.0": whole["keys.0"] * float("nan")}, "NaN or infinity")
     refused({"count.tokens": torch.tensor(6)}, "int64 of one dimension")
     refused({"count.tokens": torch.tensor([6.5])}, "int64 of one dimension")
+    refused({"count.tokens": torch.tensor([6], dtype=torch.uint64)}, "int64 of one dimension")
     refused({"count.tokens": torch.tensor([0])}, "tokens at least")
     refused({"count.open_tokens": torch.tensor([0])}, "a row where open_tokens")
     refused({"count.open_tokens": torch.tensor([99])}, "tokens at least")

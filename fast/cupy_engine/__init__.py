@@ -1,4 +1,4 @@
-"""CoMeT on CuPy, NumPy, or any array of the Python array API standard: inference without PyTorch.
+"""CoMeT on CuPy, NumPy, or any array of the Python array API standard: inference without importing PyTorch.
 
     from fast.cupy_engine import CoMeTEngine
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_array_api_obj
+from array_api_compat import array_namespace, device, is_array_api_obj, is_torch_array
 
 from reference.config import CoMeTConfig
 from reference.parameters import map_parameters, shapes
@@ -97,13 +97,23 @@ class CoMeTEngine:
             ValueError: weights that do not fit the config, are not arrays of one library and
                 device, or hold NaN or infinity.
         """
-        first = weights.get("norm")
+        if not isinstance(weights, dict):
+            raise ValueError(
+                f"weights is a {type(weights).__name__}; expected a nested dict of arrays. Of a "
+                "CoMeTModel, make an engine with CoMeTEngine.from_model(model)."
+            )
+        first: Any = weights.get("norm")
         if not is_array_api_obj(first):
             raise ValueError(
                 f"the weight norm is a {type(first).__name__}; expected an array, e.g. of NumPy or "
                 "CuPy."
             )
         map_parameters(lambda name, x: _check_home(name, x, first), weights)
+        if str(first.dtype).rpartition(".")[2] not in DTYPES:
+            raise ValueError(
+                f"the weights are {first.dtype}; the engine computes in {', '.join(DTYPES)}, so "
+                "convert them."
+            )
         check_weights(weights, config)
         self.config, self.weights = config, weights
         self.xp = array_namespace(first)
@@ -119,7 +129,8 @@ class CoMeTEngine:
         return self.weights["norm"].dtype
 
     def place(self, array: Array) -> Array:
-        """An array of the engine's library or NumPy's, on its device, in its dtype."""
+        """An array of the engine's library, NumPy's or PyTorch's, on its device, in its dtype."""
+        array = to_host(array) if is_torch_array(array) else array
         return self.xp.asarray(array, dtype=self.dtype, device=self.device)
 
     @classmethod
@@ -147,12 +158,16 @@ class CoMeTEngine:
         """
         if dtype is not None:
             check_choice("dtype", dtype, DTYPES)
-        xp = _import_library(library) if isinstance(library, str) else library
+        xp = _import_library(library)
         config, weights = load_checkpoint(Path(folder), "np")
 
-        def place(_: str, x: np.ndarray) -> Array:
-            kind = getattr(xp, dtype or str(x.dtype))
-            return xp.asarray(x, dtype=kind, device=device)
+        def place(name: str, x: np.ndarray) -> Array:
+            if dtype == "float16" and np.abs(x).max() > np.finfo(np.float16).max:
+                raise ValueError(
+                    f"{name} holds {np.abs(x).max():.4g}, more than float16 can; take "
+                    'dtype="float32".'
+                )
+            return xp.asarray(x, dtype=getattr(xp, dtype or str(x.dtype)), device=device)
 
         return cls(config, map_parameters(place, weights))
 
@@ -169,7 +184,7 @@ class CoMeTEngine:
             ImportError: as in `from_pretrained`.
             ValueError: the library cannot share the model's device or dtype.
         """
-        xp = _import_library(library) if isinstance(library, str) else library
+        xp = _import_library(library)
         named = named_tensors(model.config, model.weights)
         try:
             tree = map_parameters(lambda name, _: xp.from_dlpack(named[name]), shapes(model.config))
@@ -207,6 +222,7 @@ class CoMeTEngine:
     def __call__(
         self,
         ids: Array,
+        *,
         lengths: Array | Sequence[int] | None = None,
         state: CoMeTState | None = None,
         logits: str = "all",
@@ -271,6 +287,11 @@ class CoMeTEngine:
         check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
+        if generator is not None and not isinstance(generator, np.random.Generator):
+            raise ValueError(
+                f"generator is a {type(generator).__name__}; expected NumPy's, e.g. "
+                "numpy.random.default_rng(0)."
+            )
         params, config, b = self.weights, self.config, ids.shape[0]
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)
@@ -322,13 +343,16 @@ def _check_home(name: str, x: Array, first: Array) -> None:
         )
 
 
-def _import_library(name: str) -> Any:
-    """The array library of a name, ready to compute.
+def _import_library(library: str | Any) -> Any:
+    """The array library of a name, ready to compute; a module of the standard is its own.
 
     Raises:
         ImportError: it is not installed, or finds no GPU.
         ValueError: the name is not known.
     """
+    name = library if isinstance(library, str) else library.__name__
+    if name not in ("cupy", "numpy") and not isinstance(library, str):
+        return library
     check_choice("library", name, ("cupy", "numpy"))
     if name == "numpy":
         return importlib.import_module("array_api_compat.numpy")

@@ -93,7 +93,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
         [..., o].
     """
     xp = array_namespace(x)
-    # As one matrix: CuPy has no bfloat16 product of more axes.
+    # One product of matrices, not a small one for each sequence.
     rows = xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
     product = xp.reshape(rows @ weight.T, (*x.shape[:-1], weight.shape[0]))
     return product if bias is None else product + bias
