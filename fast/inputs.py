@@ -7,14 +7,17 @@ arrays share them: arrays are any library's.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj
 
 from .arrays import Array, is_integer, to_host
+from .state import CoMeTState
 
 __all__ = [
     "IGNORE",
+    "check_call",
     "check_choice",
     "check_chunk_sizes",
     "check_count",
@@ -87,6 +90,31 @@ def check_ids(ids: Array, like: Array) -> Array:
             "ids.to(model.device), or make it there."
         )
     return ids
+
+
+def check_call(
+    model: Any, ids: Array, lengths: Array | Sequence[int] | None, state: CoMeTState | None
+) -> tuple[Array, np.ndarray, CoMeTState]:
+    """What every call of a model or an engine takes, in its one form, or a ValueError.
+
+    Args:
+        model: a `CoMeTModel` or a `CoMeTEngine`.
+        ids: [b, n] or [n] integers in [0, vocab_size); padding may be anything.
+        lengths: [b] tokens of each sequence, 1 to n; None is n for all.
+        state: where the streams stand; None starts new ones.
+
+    Returns:
+        ids [b, n] int64, zero in the padding; lengths [b] int64 on the host; the state.
+    """
+    like = model.weights["norm"]
+    ids = check_ids(ids, like)
+    sizes = check_lengths(lengths, *ids.shape)
+    ids = zero_padding(ids, sizes)
+    check_vocabulary(ids, model.config.backbone.vocab_size)
+    if state is None:
+        state = model.new_state(ids.shape[0])
+    state.check(model.config, ids.shape[0], like)
+    return ids, sizes, state
 
 
 def check_lengths(lengths: Array | Sequence[int] | None, b: int, n: int) -> np.ndarray:

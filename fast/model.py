@@ -17,16 +17,13 @@ from reference.config import CoMeTConfig
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .inputs import (
     IGNORE,
+    check_call,
     check_choice,
     check_chunk_sizes,
     check_count,
-    check_ids,
     check_labels,
-    check_lengths,
     check_sampling,
     check_stop_ids,
-    check_vocabulary,
-    zero_padding,
 )
 from .layers import Weights, linear, rms_norm, take_slots, widen
 from .parameters import ParameterTree, initialize
@@ -236,7 +233,7 @@ class CoMeTModel(nn.Module):
         Raises:
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = self._check(ids, lengths, state)
+        ids, sizes, state = check_call(self, ids, lengths, state)
         check_choice("logits", logits, ("all", "last", "none"))
         if chunk_sizes is not None:
             chunk_sizes = check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
@@ -317,7 +314,7 @@ class CoMeTModel(nn.Module):
         Raises:
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = self._check(ids, lengths, state)
+        ids, sizes, state = check_call(self, ids, lengths, state)
         check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
@@ -379,16 +376,3 @@ class CoMeTModel(nn.Module):
         """
         config, weights = load_checkpoint(Path(folder))
         return cls(config, weights)
-
-    def _check(
-        self, ids: Tensor, lengths: Tensor | Sequence[int] | None, state: CoMeTState | None
-    ) -> tuple[Tensor, np.ndarray, CoMeTState]:
-        """The arguments of a call in their one form: [b, n], zero in the padding; [b]; a state."""
-        ids = check_ids(ids, self.weights["norm"])
-        sizes = check_lengths(lengths, *ids.shape)
-        ids = zero_padding(ids, sizes)
-        check_vocabulary(ids, self.config.backbone.vocab_size)
-        if state is None:
-            state = self.new_state(len(ids))
-        state.check(self.config, len(ids), self.weights["norm"])
-        return ids, sizes, state

@@ -17,15 +17,12 @@ from reference.parameters import map_parameters, shapes
 from ..arrays import Array, to_host
 from ..checkpoints import check_weights, load_checkpoint, named_tensors
 from ..inputs import (
+    check_call,
     check_choice,
     check_chunk_sizes,
     check_count,
-    check_ids,
-    check_lengths,
     check_sampling,
     check_stop_ids,
-    check_vocabulary,
-    zero_padding,
 )
 from ..state import CoMeTState
 from .layers import Weights, linear, rms_norm
@@ -240,7 +237,7 @@ class CoMeTEngine:
         Raises:
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = self._check(ids, lengths, state)
+        ids, sizes, state = check_call(self, ids, lengths, state)
         check_choice("logits", logits, ("all", "last", "none"))
         if chunk_sizes is not None:
             chunk_sizes = check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
@@ -283,7 +280,7 @@ class CoMeTEngine:
         Raises:
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = self._check(ids, lengths, state)
+        ids, sizes, state = check_call(self, ids, lengths, state)
         check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
@@ -313,20 +310,6 @@ class CoMeTEngine:
             if on_token is not None:
                 on_token(step)
         return EngineGeneration(new, state)
-
-    def _check(
-        self, ids: Array, lengths: Array | Sequence[int] | None, state: CoMeTState | None
-    ) -> tuple[Array, np.ndarray, CoMeTState]:
-        """The arguments of a call in their one form: [b, n], zero in the padding; [b]; a state."""
-        like = self.weights["norm"]
-        ids = check_ids(ids, like)
-        sizes = check_lengths(lengths, *ids.shape)
-        ids = zero_padding(ids, sizes)
-        check_vocabulary(ids, self.config.backbone.vocab_size)
-        if state is None:
-            state = self.new_state(ids.shape[0])
-        state.check(self.config, ids.shape[0], like)
-        return ids, sizes, state
 
 
 def _check_home(name: str, x: Array, first: Array) -> None:

@@ -220,6 +220,8 @@ def measure(lengths: Sequence[int], setting: Setting) -> Iterator[Measured]:
     from tqdm import tqdm  # of the extra `commands`
 
     context = multiprocessing.get_context("spawn")
+    # NumPy's products read these when it is imported, in the new processes.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
     for length in tqdm(lengths, desc=setting.variant, unit="length"):
         with ProcessPoolExecutor(
             setting.shares, context, _set_up, (context.Barrier(setting.shares),)
