@@ -43,7 +43,8 @@ def texts(lengths, seed):
 
 @given(batches(), st.integers(1, 3), st.sampled_from([0, VOCAB - 1, -7, 10**6]))
 def test_a_ragged_batch_is_each_sequence_alone(batch, calls, fill):
-    """Several calls, each with lengths of its own; padding holds any number at all.
+    """Several calls, each with lengths of its own; padding holds any number at all. Some calls end
+    by closing every chunk by hand.
 
     Random weights blow a rounding up from chunk to chunk, so from the third call on the reference's
     own sensitivity to one, in the same sequence, is the yardstick beside the tolerance.
@@ -76,6 +77,16 @@ def test_a_ragged_batch_is_each_sequence_alone(batch, calls, fill):
             assert_near(last.logits[i, 0], expected[-1], f"{what}, last", limit)
             assert (out.logits[i, len(row) :] == 0).all(), f"{what}: logits of padding"
             assert_same_stream(state, i, alone[i], config, what, limit)
+        if rng.random() < 0.3:
+            state = model.close_chunk(state)
+            alone = [stream.close_chunk(s, params, config) for s in alone]
+            moved = [
+                [stream.close_chunk(s, weights, config) for s in states]
+                for weights, states in zip(rounded, moved, strict=True)
+            ]
+            for i, one in enumerate(alone):
+                limit = TOLERANCE if call < 2 else max(TOLERANCE, YARDSTICK * sensitivity[i])
+                assert_same_stream(state, i, one, config, f"closed after call {call}", limit)
         before = state
 
 

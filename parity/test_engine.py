@@ -234,9 +234,10 @@ def test_chunks_by_hand(home, case, data):
 
 @homes
 @fewer
-@given(batch=batches(), fill=st.sampled_from([0, VOCAB - 1, -7, 10**6]))
-def test_a_ragged_batch_is_each_sequence_alone(home, batch, fill):
-    """Twice in a row, with lengths of its own each time; then selected and forked."""
+@given(batch=batches(), fill=st.sampled_from([0, VOCAB - 1, -7, 10**6]), closes=st.booleans())
+def test_a_ragged_batch_is_each_sequence_alone(home, batch, fill, closes):
+    """Twice in a row, with lengths of its own each time, closed by hand or not; then selected and
+    forked."""
     config, seed, lengths = batch
     params = random_weights(config, seed)
     engine, state = home.engine(config, params), None
@@ -255,6 +256,11 @@ def test_a_ragged_batch_is_each_sequence_alone(home, batch, fill):
             assert (logits[len(row) :] == 0).all(), "padding has no logits"
             assert_near(array(last)[i, 0], expected[-1], f"{what}, last")
             assert_same_stream(state, i, alone[i], config, what)
+        if closes:
+            state = engine.close_chunk(state)
+            alone = [stream.close_chunk(one, params, config) for one in alone]
+            for i, one in enumerate(alone):
+                assert_same_stream(state, i, one, config, f"closed after call {call}")
     order = [len(lengths) - 1, 0]
     for i, source in enumerate(order):
         assert_same_stream(state.select(order), i, alone[source], config, "selected")

@@ -213,7 +213,7 @@ def append_slots(past: Array, new: Array, positions: Array) -> Array:
     """
     xp = array_namespace(past)
     both = xp.concat([past, new], axis=2)
-    if positions.shape[0] == 1:
+    if positions.shape[0] == 1 or not new.shape[2]:
         return both
     slot = xp.arange(both.shape[2], dtype=positions.dtype, device=device(both))[None, :]  # [1, l]
     start, gap = positions[:, :1], past.shape[2] - positions[:, :1]
