@@ -1,13 +1,15 @@
 """Arrays of any library: what states, files and checks ask of them.
 
 PyTorch's tensors, NumPy's and CuPy's arrays, and those of any library that follows the Python array
-API standard. None of the libraries but NumPy is imported here.
+API standard. None of the libraries but NumPy is imported here. NumPy and CuPy have bfloat16 through
+the package ml_dtypes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from array_api_compat import (
     array_namespace,
@@ -17,17 +19,53 @@ from array_api_compat import (
     is_torch_array,
 )
 
-__all__ = ["Array", "all_finite", "is_floating", "is_integer", "take_rows", "to_host"]
+__all__ = [
+    "FLOATS",
+    "HALF_TYPES",
+    "Array",
+    "all_finite",
+    "dtype_name",
+    "dtype_of",
+    "is_floating",
+    "is_integer",
+    "take_rows",
+    "to_host",
+]
 
 Array = Any
 """An array of any library."""
 
+HALF_TYPES = ("float16", "bfloat16")
+"""Floating dtypes narrower than float32, by name."""
+
+FLOATS = ("float64", "float32", *HALF_TYPES)
+"""Dtypes that models compute in, by name."""
+
+
+def dtype_name(x: Array) -> str:
+    """The dtype's bare name, such as "float32", in any library."""
+    return str(x.dtype).rpartition(".")[2]
+
+
+def dtype_of(xp: Any, name: str) -> Any:
+    """A library's dtype of a bare name.
+
+    Args:
+        xp: the library's namespace.
+        name: such as "float32".
+    """
+    if name == "bfloat16" and not hasattr(xp, name):
+        return np.dtype(ml_dtypes.bfloat16)
+    return getattr(xp, name)
+
 
 def to_host(x: Array) -> np.ndarray:
-    """The same numbers as NumPy's, without a graph; bfloat16, which it has not, as float32."""
+    """The same numbers as NumPy's, without a graph, in the same dtype."""
     if is_torch_array(x):
         x = x.detach().cpu()
-        return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
+        if dtype_name(x) == "bfloat16":  # PyTorch converts it to NumPy's as no more than its bits
+            return x.view(array_namespace(x).int16).numpy().view(ml_dtypes.bfloat16)
+        return x.numpy()
     if is_cupy_array(x):
         return x.get()
     return np.asarray(x) if is_numpy_array(x) else np.from_dlpack(x)
@@ -40,13 +78,13 @@ def all_finite(x: Array) -> bool:
 
 
 def is_floating(x: Array) -> bool:
-    """Whether the dtype is a real floating one, a half type included."""
-    return array_namespace(x).isdtype(x.dtype, "real floating")
+    """Whether the dtype is one of `FLOATS`."""
+    return dtype_name(x) in FLOATS
 
 
 def is_integer(x: Array) -> bool:
     """Whether the dtype is an integer one; booleans are not."""
-    return array_namespace(x).isdtype(x.dtype, "integral")
+    return "int" in dtype_name(x)
 
 
 def take_rows(x: Array, index: np.ndarray) -> Array:

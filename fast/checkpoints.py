@@ -1,7 +1,7 @@
 """Weights and states as files: safetensors and JSON, in and out.
 
 Nothing is ever unpickled and no code is run. Every file is written whole or not at all. Arrays are
-read as PyTorch's ("pt") or as NumPy's ("np"), which has no bfloat16: that is read as float32 there.
+read as PyTorch's ("pt") or as NumPy's ("np"), bfloat16 among them through ml_dtypes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from array_api_compat import is_torch_array
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
 
 from reference.config import CoMeTConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
-from .arrays import Array, all_finite, is_floating, to_host
+from .arrays import Array, all_finite, dtype_name, is_floating, to_host
 from .files import atomic_save, atomic_write
 
 __all__ = [
@@ -198,31 +198,13 @@ def read_file(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Arr
     """
     try:
         with safe_open(str(path), framework=framework) as file:
-            names = list(file.keys())
-            halves = set()
-            if framework == "np":
-                halves = {n for n in names if file.get_slice(n).get_dtype() == "BF16"}
-            arrays = {n: file.get_tensor(n) for n in names if n not in halves}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
-        if halves:
-            arrays |= {
-                n: _widen_bfloat16(v) for n, v in deserialize(path.read_bytes()) if n in halves
-            }
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}); it may be cut short."
         ) from error
     return header, arrays
-
-
-def _is_int64(x: Array) -> bool:
-    return str(x.dtype).removeprefix("torch.") == "int64"
-
-
-def _widen_bfloat16(view: dict[str, Any]) -> np.ndarray:
-    """float32 of bfloat16's bytes, which are its upper half."""
-    upper = np.frombuffer(view["data"], np.uint16).astype(np.uint32)
-    return (upper << 16).view(np.float32).reshape(view["shape"])
 
 
 def read_tensors(folder: Path, framework: str = "pt") -> dict[str, Array]:
@@ -306,7 +288,7 @@ def read_state(
     numbers = {}
     for name in counts:
         count = found.pop(f"count.{name}", None)
-        if count is None or count.ndim != 1 or not len(count) or not _is_int64(count):
+        if count is None or count.ndim != 1 or not len(count) or dtype_name(count) != "int64":
             raise ValueError(
                 f"{path} lacks count.{name} as int64 of one dimension; it is not a whole state."
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
+from .arrays import dtype_name, to_host
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .inputs import (
     IGNORE,
@@ -158,7 +159,11 @@ class CoMeTModel(nn.Module):
     """Whose tensors files are read as."""
 
     def place(self, array: Any) -> Tensor:
-        """A tensor or NumPy array on the model's device, in its dtype."""
+        """An array of any library on the model's device, in its dtype."""
+        if not isinstance(array, Tensor):
+            array = to_host(array)
+            if dtype_name(array) == "bfloat16":  # which PyTorch does not take from NumPy
+                array = array.astype(np.float32)
         return torch.as_tensor(array).to(self.device, self.dtype)
 
     @property

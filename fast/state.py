@@ -15,7 +15,7 @@ from array_api_compat import array_namespace, device, size
 
 from reference.config import CoMeTConfig
 
-from .arrays import Array, take_rows
+from .arrays import Array, dtype_name, take_rows
 from .checkpoints import read_state, write_state
 
 __all__ = ["CoMeTState"]
@@ -100,7 +100,7 @@ class CoMeTState:
     def num_bytes(self) -> int:
         """Bytes of the tensors: bounded by the config, unless chunks never close."""
         tensors = [t for name in TENSORS for t in getattr(self, name)]
-        return sum((size(t) or 0) * array_namespace(t).finfo(t.dtype).bits // 8 for t in tensors)
+        return sum((size(t) or 0) * int(dtype_name(t)[-2:]) // 8 for t in tensors)
 
     def map_tensors(self, function: Callable[[Array], Array]) -> CoMeTState:
         """The state with `function` applied to every tensor."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from array_api_compat import is_array_api_obj
@@ -106,8 +107,9 @@ def assert_at_most(error: float, limit: float, what: str) -> None:
 
 
 def array(x: Any) -> np.ndarray:
-    """An array of any library, or numbers, as NumPy's."""
-    return to_host(x) if is_array_api_obj(x) else np.asarray(x)
+    """An array of any library, or numbers, as NumPy's; bfloat16 as float32."""
+    x = to_host(x) if is_array_api_obj(x) else np.asarray(x)
+    return x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x
 
 
 def largest_error(found: Any, expected: Any) -> float:

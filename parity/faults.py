@@ -337,6 +337,30 @@ FAULTS = {
         "g = g * 1.0",
         "test_engine::test_every_call_leaves_the_reference_s_state",
     ),
+    "on arrays, a chunk that goes on updated": (
+        "cupy_engine/global_memory.py",
+        "closes[:, :, None] > 0",
+        "closes[:, :, None] >= 0",
+        "test_engine::test_global_memory",
+    ),
+    "on arrays, the memory of the chunk before the last": (
+        "cupy_engine/stream.py",
+        "part.memory or memory",
+        "memory or part.memory",
+        "test_engine::test_every_call_leaves_the_reference_s_state",
+    ),
+    "on arrays, the rows of sequences that go on begun anew": (
+        "cupy_engine/stream.py",
+        "xp.where(flags, new, _fit(old, longest))",
+        "xp.where(flags, new, new)",
+        "test_engine::test_a_ragged_batch_is_each_sequence_alone",
+    ),
+    "a kernel's result left in a copy": (
+        "cupy_engine/kernels/__init__.py",
+        'out, (cos, sin) = np.empty_like(x, order="C"), rotation',
+        "out, (cos, sin) = np.empty_like(x), rotation",
+        "test_engine::test_float32_is_as_exact_as_the_reference_in_float32",
+    ),
     "on arrays, a ragged queue one off": (
         "cupy_engine/temporary_memory.py",
         "xp.where(source < old,",

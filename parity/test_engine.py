@@ -6,17 +6,23 @@ leaves nothing on the host. CuPy follows the same standard.
 """
 
 import dataclasses
+import inspect
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import array_api_compat.numpy as numpy_namespace
 import array_api_strict
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from array_api_compat import is_numpy_array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, CoMeTState, MemoryConfig
-from fast.cupy_engine import CoMeTEngine
+from fast.arrays import HALF_TYPES, dtype_name, dtype_of
+from fast.cupy_engine import CoMeTEngine, kernels, operations
 from fast.cupy_engine import global_memory as engine_global
 from fast.cupy_engine import layers as engine_layers
 from fast.cupy_engine import stream as engine_stream
@@ -40,6 +46,7 @@ from .assertions import (
     relative_error,
     typical_error,
 )
+from .kernel_cases import emulated
 from .strategies import (
     VOCAB,
     backbones,
@@ -59,15 +66,16 @@ array_api_strict.set_array_api_strict_flags(boolean_indexing=False, data_depende
 
 @dataclasses.dataclass(frozen=True)
 class Home:
-    """A library and a device of it."""
+    """A library and a device of it, and whether its kernels run, emulated."""
 
     name: str
     xp: object
     device: object
+    emulates: bool = False
 
     def array(self, x, dtype=None):
         x = np.asarray(x)
-        kind = getattr(self.xp, dtype or str(x.dtype))
+        kind = dtype_of(self.xp, dtype or str(x.dtype))
         return self.xp.asarray(x, dtype=kind, device=self.device)
 
     def tree(self, weights, dtype=None):
@@ -76,10 +84,21 @@ class Home:
     def engine(self, config, weights, dtype=None):
         return CoMeTEngine(config, self.tree(weights, dtype))
 
+    @contextmanager
+    def at_work(self):
+        """What an engine of this home is called in: where kernels are emulated, they run on NumPy's
+        arrays as they would on CuPy's."""
+        with ExitStack() as stack:
+            if self.emulates:
+                stack.enter_context(emulated())
+                stack.enter_context(patch.object(operations, "is_cupy_array", is_numpy_array))
+            yield
+
 
 NUMPY = Home("numpy", numpy_namespace, None)
 STRICT = Home("strict", array_api_strict, array_api_strict.Device("device1"))
 NO_FLOAT64 = Home("no float64", array_api_strict, array_api_strict.Device("no_float64"))
+KERNELS = Home("kernels", numpy_namespace, None, emulates=True)
 homes = pytest.mark.parametrize("home", [NUMPY, STRICT], ids=lambda home: home.name)
 TEXT = torch.tensor([[1, 2, 3]])
 fewer = settings(max_examples=max(1, settings.default.max_examples // 2))
@@ -163,13 +182,16 @@ def test_global_memory(home, seed, kind, bias, saturation, first):
     w = random_weights(CoMeTConfig(backbone, config), seed)["layers"][0]["global_memory"]
     readout, state = normal(rng, 2, m, d), normal(rng, 2, m, d)
     own, old = home.tree(w), None if first else home.array(state)
-    found = engine_global.update_global(old, home.array(readout), own, config)
+    ones, some = home.array(np.ones((2, 1), np.int64)), home.array(np.array([[0], [1]]))
+    found, read = engine_global.update_global(old, home.array(readout), own, config)
+    closed, _ = engine_global.update_global(home.array(state), found, own, config, ones, some)
     for i in range(2):
         before = None if first else state[i]
         expected = global_memory.update_global(before, readout[i], w, config)
         assert_near(found[i, ...], expected, "S")
-        read = engine_global.read_global(home.array(state), own)[i, ...]
-        assert_near(read, global_memory.read_global(state[i], w), "G")
+        assert_near(read[i, ...], global_memory.read_global(expected, w), "G")
+        new = global_memory.update_global(state[i], expected, w, config) if i else state[i]
+        assert_near(closed[i, ...], new, "S where one chunk closes")
 
 
 @homes
@@ -339,25 +361,39 @@ def test_states_go_from_one_path_to_the_other(home, folder, case):
     assert_state_equal(CoMeTState.load(path, model), of_engine.to(model), "read or converted")
 
 
-@pytest.mark.parametrize("home", [NUMPY, NO_FLOAT64], ids=lambda home: home.name)
+@pytest.mark.parametrize("home", [NUMPY, NO_FLOAT64, KERNELS], ids=lambda home: home.name)
 @fewer
-@given(case=cases())
-def test_float32_is_as_exact_as_the_reference_in_float32(home, case):
-    """Over a whole text; on a device that has no float64, nothing asks for one."""
+@given(case=cases(), data=st.data())
+def test_float32_is_as_exact_as_the_reference_in_float32(home, case, data):
+    """A text in two calls, beside one that is half as long; on a device that has no float64,
+    nothing asks for one."""
     config, seed, ids = case
     weights = map_parameters(lambda _, p: p.astype(np.float32), random_weights(config, seed))
     params = map_parameters(lambda _, p: p.astype(np.float64), weights)
-    truth, _ = spec.forward(ids, stream.new_state(config), params, widened(config))
-    found = home.engine(config, weights)(home.array([ids])).logits
-    assert str(found.dtype).endswith("float32")
-    own, epsilon = 0.0, float(np.finfo(np.float32).eps)
-    for jitter in range(4):  # how far one rounding of the weights moves float32
-        moved = nudged(params, jitter, epsilon * (jitter > 0))
-        moved = map_parameters(lambda _, p: p.astype(np.float32), moved)
-        logits, _ = spec.forward(ids, stream.new_state(config, np.float32), moved, config)
-        own = max(own, largest_error(logits, truth))
-    limit = YARDSTICK * (own + 8 * epsilon)
-    assert_at_most(largest_error(found[0, ...], truth), limit, "float32")
+    cut = data.draw(st.integers(1, len(ids)))
+    texts = [[ids[:cut], ids[: -(-cut // 2)]]]
+    if cut < len(ids):
+        texts.append([ids[cut:], ids[: -(-(len(ids) - cut) // 2)]])
+    engine, state, found = home.engine(config, weights), None, []
+    for rows in texts:
+        with home.at_work():
+            lengths = list(map(len, rows))
+            out = engine(home.array(padded(rows, 0).numpy()), state=state, lengths=lengths)
+        state = out.state
+        assert dtype_name(out.logits) == dtype_name(state.keys[0]) == "float32"
+        found.append([array(out.logits)[i, :length] for i, length in enumerate(lengths)])
+    for i in range(2):
+        text = [token for rows in texts for token in rows[i]]
+        truth, _ = spec.forward(text, stream.new_state(config), params, widened(config))
+        own, epsilon = 0.0, float(np.finfo(np.float32).eps)
+        for jitter in range(4):  # how far one rounding of the weights moves float32
+            moved = nudged(params, jitter, epsilon * (jitter > 0))
+            moved = map_parameters(lambda _, p: p.astype(np.float32), moved)
+            logits, _ = spec.forward(text, stream.new_state(config, np.float32), moved, config)
+            own = max(own, largest_error(logits, truth))
+        limit = YARDSTICK * (own + 8 * epsilon)
+        logits = np.concatenate([rows[i] for rows in found])
+        assert_at_most(largest_error(logits, truth), limit, f"float32, sequence {i}")
 
 
 @given(seed=seeds, top_k=st.sampled_from([None, 1, 3]), top_p=st.sampled_from([None, 0.5, 0.9]))
@@ -396,22 +432,60 @@ def test_an_engine_shares_the_weights_of_its_model(case):
         CoMeTEngine.from_model(model.bfloat16(), library="numpy")
 
 
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("home", [NUMPY, KERNELS], ids=lambda home: home.name)
 @fewer
 @given(case=cases())
-def test_float16_errs_as_a_rounding_of_the_weights_does(case):
+def test_half_types_err_as_a_rounding_of_the_weights_does(home, dtype, case):
     """Over a whole text, memories and all."""
     config, seed, ids = case
-    weights = map_parameters(lambda _, p: p.astype(np.float16), even_weights(config, seed))
+    weights = map_parameters(lambda _, p: p.astype(dtype), even_weights(config, seed))
     params = map_parameters(lambda _, p: p.astype(np.float64), weights)
-    found = NUMPY.engine(config, weights)(np.array([ids])).logits
-    assert found.dtype == np.float16
-    epsilon, wide = float(np.finfo(np.float16).eps), widened(config)
+    with home.at_work():
+        out = home.engine(config, weights)(home.array([ids]))
+    assert {dtype_name(x) for x in (out.logits, *out.state.keys)} == {dtype}
+    epsilon, wide = float(ml_dtypes.finfo(dtype).eps), widened(config)
     moved = [params, *(nudged(params, jitter, epsilon) for jitter in range(3))]
     expected, *others = (spec.forward(ids, stream.new_state(wide), p, wide)[0] for p in moved)
     for error in (relative_error, typical_error):
         own = max(error(other, expected) for other in others)
         limit = HALF_YARDSTICK * (own + 8 * epsilon)
-        assert_at_most(error(found[0], expected), limit, error.__name__)
+        assert_at_most(error(array(out.logits)[0], expected), limit, error.__name__)
+
+
+def launches(run):
+    """The kernels that are launched meanwhile, and what is returned."""
+    names = set()
+    with KERNELS.at_work():
+        emulator = kernels.run
+        with patch.object(kernels, "run", lambda *a: names.add(a[0]) or emulator(*a)):
+            run()
+    return {name.partition("<")[0] for name in names}
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_one_dictionary_says_which_kernels_run(make_config, gate):
+    config = make_config(memory={"gate": gate})
+    params, ids = random_weights(config, 0), np.arange(9)[None]
+    single, double = (NUMPY.engine(config, params, dtype) for dtype in ("float32", "float64"))
+    update = {"update_global"} if gate == "scalar" else {"blend_global"}
+    every = {"attention", "rms_norm", "rotate", "silu_product"} | update
+    assert launches(lambda: single(ids)) == every
+    assert launches(lambda: double(ids)) == set()
+    gone = {name: {name} for name in operations.KERNELS} | {"update_global": update}
+    if gate == "vector":
+        gone["rms_norm"] = set()  # which `update_global` launches there
+    for name in gone:
+        with patch.dict(operations.KERNELS):
+            del operations.KERNELS[name]
+            assert launches(lambda: single(ids)) == every - gone[name]
+
+
+@pytest.mark.parametrize("name", operations.KERNELS)
+def test_both_forms_of_an_operation_take_the_same(name):
+    module = engine_global if name == "update_global" else engine_layers
+    forms = inspect.signature(getattr(module, name)), inspect.signature(operations.KERNELS[name])
+    assert list(forms[0].parameters) == list(forms[1].parameters)
 
 
 def test_what_float16_cannot_hold_is_refused(make_config, tmp_path):
@@ -474,7 +548,7 @@ def test_bad_input_says_what_is_wrong(make_config, tmp_path):
         ),
         (lambda: engine.generate(ids, generator=torch.Generator()), "generator is a Generator"),
         (lambda: engine(ids, state=model(TEXT).state), r"the model float64 .*state.to\(model\)"),
-        (lambda: CoMeTEngine.from_pretrained(tmp_path, dtype="bfloat16"), "dtype is 'bfloat16'"),
+        (lambda: CoMeTEngine.from_pretrained(tmp_path, dtype="int64"), "dtype is 'int64'"),
         (lambda: CoMeTEngine.from_pretrained(tmp_path, library="jax"), "library is 'jax'"),
     ):
         with pytest.raises(ValueError, match=match):

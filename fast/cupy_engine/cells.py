@@ -9,7 +9,7 @@ from reference.config import CoMeTConfig
 from ..arrays import Array
 from ..rows import Row
 from .global_memory import update_global
-from .layers import Rotation, Weights, causal_mask, decoder_layer, take_slots
+from .layers import Rotation, Weights, decoder_layer, take_slots
 from .temporary_memory import update_temporary
 
 __all__ = ["embed", "run_layer", "run_layers"]
@@ -44,7 +44,6 @@ def run_layer(
     hidden: Array,
     row: Row,
     rotation: Rotation,
-    mask: Array,
     keys: Array,
     values: Array,
     global_state: Array | None,
@@ -52,23 +51,23 @@ def run_layer(
     weights: Weights,
     config: CoMeTConfig,
     queried: Array | None = None,
-) -> tuple[Array, Array, Array, Array | None, Array | None]:
+) -> tuple[Array, Array, Array, Array | None, Array | None, Array | None]:
     """One cell: a round's new slots through one layer, and that layer's memories updated.
 
     Args:
         hidden: [b, n, d], the new slots.
         row: their layout, on the device.
         rotation: (cos, sin) of their positions.
-        mask: their `causal_mask`.
         keys, values: [b, k, p, e], the rows so far.
         global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
         weights: the layer's.
         queried: `row.queried` at the top layer, else None.
 
     Returns:
-        hidden [b, n or a, d], keys and values [b, k, p + n, e], global state and queue.
+        hidden [b, n or a, d], keys and values [b, k, p + n, e], global state, the queue, and the
+        global memory that the next chunk sees where the round made it, else None.
     """
-    xp, memory = array_namespace(hidden), config.memory
+    memory, read = config.memory, None
     hidden, keys, values = decoder_layer(
         hidden,
         keys,
@@ -78,7 +77,6 @@ def run_layer(
         weights,
         config.backbone,
         queried=queried,
-        mask=mask,
     )
     c, m = row.compression.shape[1], row.readout.shape[1]
     if queue is not None and c:
@@ -95,9 +93,10 @@ def run_layer(
         else:
             readout = hidden[:, queried.shape[1] - m :, :]
         net = weights["global_memory"]
-        new = update_global(global_state, readout, net, memory, row.has_state)
-        global_state = xp.where(row.closes[:, :, None] > 0, new, global_state)
-    return hidden, keys, values, global_state, queue
+        global_state, read = update_global(
+            global_state, readout, net, memory, row.has_state, row.closes
+        )
+    return hidden, keys, values, global_state, queue, read
 
 
 def run_layers(
@@ -110,7 +109,7 @@ def run_layers(
     queue: Arrays,
     params: Weights,
     config: CoMeTConfig,
-) -> tuple[Array, Arrays, Arrays, Arrays, Arrays]:
+) -> tuple[Array, Arrays, Arrays, Arrays, Arrays, Arrays]:
     """A round's new slots up all layers.
 
     Args:
@@ -120,10 +119,10 @@ def run_layers(
         global_state, queue: per layer, as in the state; empty where there is no such memory.
 
     Returns:
-        [b, w, d], see `Reading.hidden`; then keys, values, global state and queues after the round.
+        [b, w, d], see `Reading.hidden`; then keys, values, global state and queues after the
+        round, and the global memory that it made, see `Reading.memory`.
     """
     hidden = embed(text, row.source, params, config)  # [b, n, d]
-    mask = causal_mask(row.positions, keys[0].shape[2] + hidden.shape[1])
     top = len(keys) - 1
     cells = []
     for i, weights in enumerate(params["layers"]):
@@ -131,7 +130,6 @@ def run_layers(
             hidden,
             row,
             rotation,
-            mask,
             keys[i],
             values[i],
             global_state[i] if global_state else None,
@@ -146,5 +144,12 @@ def run_layers(
     else:  # text comes first there
         end = hidden.shape[1] - row.compression.shape[1] - row.readout.shape[1]
         hidden = hidden[:, :end, :]
-    all_keys, all_values, states, queues = zip(*cells, strict=True)
-    return hidden, all_keys, all_values, states if global_state else (), queues if queue else ()
+    all_keys, all_values, states, queues, memory = zip(*cells, strict=True)
+    return (
+        hidden,
+        all_keys,
+        all_values,
+        states if global_state else (),
+        queues if queue else (),
+        memory if memory[0] is not None else (),
+    )

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj, is_torch_array
 
 from reference.config import CoMeTConfig
 from reference.parameters import map_parameters, shapes
 
-from ..arrays import Array, to_host
+from ..arrays import FLOATS, Array, dtype_name, dtype_of, to_host
 from ..checkpoints import check_weights, load_checkpoint, named_tensors
 from ..inputs import (
     check_call,
@@ -30,8 +31,6 @@ from .sampling import sample
 from .stream import Reading, close_chunk, join, new_state, read
 
 __all__ = ["CoMeTEngine", "EngineGeneration", "EngineOutput", "predict"]
-
-DTYPES = ("float64", "float32", "float16")
 
 
 def predict(hidden: Array, params: Weights, config: CoMeTConfig) -> Array:
@@ -106,9 +105,9 @@ class CoMeTEngine:
                 "CuPy."
             )
         map_parameters(lambda name, x: _check_home(name, x, first), weights)
-        if str(first.dtype).rpartition(".")[2] not in DTYPES:
+        if dtype_name(first) not in FLOATS:
             raise ValueError(
-                f"the weights are {first.dtype}; the engine computes in {', '.join(DTYPES)}, so "
+                f"the weights are {first.dtype}; the engine computes in {', '.join(FLOATS)}, so "
                 "convert them."
             )
         check_weights(weights, config)
@@ -143,8 +142,7 @@ class CoMeTEngine:
 
         Args:
             folder: with config.json and model.safetensors (or its shards and their index).
-            dtype: "float64", "float32" or "float16"; None is the checkpoint's, or float32 where
-                that is bfloat16.
+            dtype: "float64", "float32", "float16" or "bfloat16"; None is the checkpoint's.
             device: of the library; None is its default.
             library: "cupy", "numpy", or a module of the Python array API standard.
 
@@ -154,17 +152,17 @@ class CoMeTEngine:
             ValueError: a file is cut short or foreign, or an argument does not fit.
         """
         if dtype is not None:
-            check_choice("dtype", dtype, DTYPES)
+            check_choice("dtype", dtype, FLOATS)
         xp = _import_library(library)
         config, weights = load_checkpoint(Path(folder), "np")
 
         def place(name: str, x: np.ndarray) -> Array:
-            if dtype == "float16" and np.abs(x).max() > np.finfo(np.float16).max:
+            kind, most = dtype or dtype_name(x), float(np.abs(x).max())
+            if np.isfinite(most) and most > float(ml_dtypes.finfo(kind).max):
                 raise ValueError(
-                    f"{name} holds {np.abs(x).max():.4g}, more than float16 can; take "
-                    'dtype="float32".'
+                    f"{name} holds {most:.4g}, more than {kind} can; take a wider dtype."
                 )
-            return xp.asarray(x, dtype=getattr(xp, dtype or str(x.dtype)), device=device)
+            return xp.asarray(x, dtype=dtype_of(xp, kind), device=device)
 
         return cls(config, map_parameters(place, weights))
 

@@ -8,8 +8,11 @@ from reference.config import MemoryConfig
 
 from ..arrays import Array
 from .layers import Weights, adapter, linear, narrow, rms_norm, sigmoid, widen
+from .operations import operation
 
 __all__ = ["gate", "propose", "read_global", "update_global"]
+
+Arrays = tuple[Array, Array]
 
 
 def propose(readout: Array, weights: Weights, eps: float | None) -> Array:
@@ -42,38 +45,47 @@ def gate(candidate: Array, state: Array, weights: Weights, saturation: float) ->
     xp = array_namespace(candidate)
     joined = xp.concat([candidate, state], axis=-1)  # [b, m, 2d], candidate first
     logit = linear(joined, weights["gate"], weights.get("gate_bias"))
-    g = narrow(sigmoid(widen(logit)), logit)
-    return g if saturation == 1.0 else xp.minimum(g / saturation, xp.ones_like(g))
+    g = sigmoid(widen(logit)) / saturation
+    return narrow(xp.minimum(g, xp.ones_like(g)), logit)
 
 
+@operation
 def update_global(
     state: Array | None,
     readout: Array,
     weights: Weights,
     config: MemoryConfig,
     has_state: Array | None = None,
-) -> Array:
-    """The new state: S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk.
+    closes: Array | None = None,
+) -> Arrays:
+    """The new state S_{t+1} = g * S_t + (1 - g) * candidate, or the candidate on the first chunk;
+    and what the next chunk sees of it, so that one pass makes both.
 
-    Twin of `reference.global_memory.update_global`.
+    Twin of `reference.global_memory.update_global`, and of `read_global` after it.
 
     Args:
         state: [b, m, d], or None on the first chunk.
         readout: [b, m, d], R'.
         weights: a layer's "global_memory".
+        config: gate, saturation and epsilon.
         has_state: [r, 1] int64, 0 where this is the sequence's first chunk, else 1; None is 1 for
             all.
+        closes: [r, 1] int64, 1 where the chunk closes, else 0, where the state stays as it was;
+            None is 1 for all.
 
     Returns:
-        [b, m, d].
+        S_{t+1} and G_{t+1} = adapter_g(S_{t+1}), each [b, m, d].
     """
     candidate = propose(readout, weights, config.global_norm_eps)
     if state is None:
-        return candidate
-    g = gate(candidate, state, weights, config.gate_saturation)
+        return candidate, read_global(candidate, weights)
+    g = widen(gate(candidate, state, weights, config.gate_saturation))
     if has_state is not None:
         g = g * narrow(has_state, g)[:, :, None]
-    return g * state + (1.0 - g) * candidate
+    new = narrow(g * widen(state) + (1.0 - g) * widen(candidate), state)
+    if closes is not None:
+        new = array_namespace(new).where(closes[:, :, None] > 0, new, state)
+    return new, read_global(new, weights)
 
 
 def read_global(state: Array, weights: Weights) -> Array:

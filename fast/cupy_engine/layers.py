@@ -17,7 +17,8 @@ from array_api_compat import array_namespace, device
 from reference.config import BackboneConfig
 from reference.layers import rotary_frequencies
 
-from ..arrays import Array
+from ..arrays import HALF_TYPES, Array, dtype_name
+from .operations import operation
 
 __all__ = [
     "adapter",
@@ -35,6 +36,7 @@ __all__ = [
     "rotary_table",
     "rotate",
     "sigmoid",
+    "silu_product",
     "softmax",
     "split_heads",
     "swiglu",
@@ -51,7 +53,7 @@ Rotation = tuple[Array, Array]
 def widen(x: Array) -> Array:
     """Float32 where the dtype is narrower, else x itself."""
     xp = array_namespace(x)
-    return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
+    return xp.astype(x, xp.float32) if dtype_name(x) in HALF_TYPES else x
 
 
 def narrow(x: Array, like: Array) -> Array:
@@ -95,10 +97,12 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     xp = array_namespace(x)
     # One product of matrices, not a small one for each sequence.
     rows = xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
-    product = xp.reshape(rows @ weight.T, (*x.shape[:-1], weight.shape[0]))
+    product = narrow(rows @ weight.T, x)  # NumPy's product of bfloat16 is float32
+    product = xp.reshape(product, (*x.shape[:-1], weight.shape[0]))
     return product if bias is None else product + bias
 
 
+@operation
 def rms_norm(x: Array, weight: Array, eps: float | None) -> Array:
     """RMSNorm: x / sqrt(mean(x^2) + eps) * weight over the last axis. Twin of
     `reference.layers.rms_norm`.
@@ -151,6 +155,7 @@ def rotary_table(positions: np.ndarray, config: BackboneConfig, like: Array) -> 
     )
 
 
+@operation
 def rotate(x: Array, rotation: Rotation) -> Array:
     """Rotary positions, half-rotation form. Twin of `reference.layers.rotate`.
 
@@ -237,9 +242,8 @@ def causal_mask(positions: Array, length: int) -> Array:
     return slots <= positions[:, None, :, None]
 
 
-def attention(
-    queries: Array, keys: Array, values: Array, positions: Array, mask: Array | None = None
-) -> Array:
+@operation
+def attention(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
     """softmax(q k^T / sqrt(e)) v, a slot seeing every slot up to itself. Twin of
     `reference.layers.attention`.
 
@@ -247,19 +251,31 @@ def attention(
         queries: [b, h, n, e] of the new slots, rotated.
         keys, values: [b, k, l, e] of the whole row; h is a multiple of k.
         positions: [r, n], positions of the new slots; a key's index is its position.
-        mask: their `causal_mask`, where the caller has it.
 
     Returns:
         [b, h, n, e].
     """
     xp, (b, h, n, e), k = array_namespace(queries), queries.shape, keys.shape[1]
-    if mask is None:
-        mask = causal_mask(positions, keys.shape[2])
+    mask = causal_mask(positions, keys.shape[2])
     grouped = xp.reshape(widen(queries), (b, k, h // k, n, e))  # the heads of a key side by side
     wide_keys, wide_values = widen(keys)[:, :, None, :, :], widen(values)[:, :, None, :, :]
     scores = grouped @ xp.matrix_transpose(wide_keys) / math.sqrt(e)  # [b, k, g, n, l]
     mixed = softmax(scores, mask[:, :, None, :, :]) @ wide_values
     return narrow(xp.reshape(mixed, (b, h, n, e)), queries)
+
+
+@operation
+def silu_product(gate: Array, up: Array) -> Array:
+    """The SwiGLU product: silu(gate) * up, elementwise.
+
+    Args:
+        gate, up: [..., f].
+
+    Returns:
+        [..., f].
+    """
+    wide = widen(gate)
+    return narrow(wide * sigmoid(wide), gate) * up
 
 
 def swiglu(x: Array, weights: Weights) -> Array:
@@ -272,9 +288,7 @@ def swiglu(x: Array, weights: Weights) -> Array:
     Returns:
         [..., d].
     """
-    gate = linear(x, weights["gate_proj"])
-    wide = widen(gate)
-    product = narrow(wide * sigmoid(wide), gate) * linear(x, weights["up_proj"])
+    product = silu_product(linear(x, weights["gate_proj"]), linear(x, weights["up_proj"]))
     return linear(product, weights["down_proj"])
 
 
@@ -352,7 +366,6 @@ def decoder_layer(
     weights: Weights,
     config: BackboneConfig,
     queried: Array | None = None,
-    mask: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """One pre-norm decoder layer over new slots of a row. Twin of
     `reference.layers.decoder_layer`.
@@ -364,7 +377,6 @@ def decoder_layer(
         rotation: (cos, sin) of those positions, see `rotary_table`.
         weights: one layer's arrays.
         queried: [r, a] int64, the new slots that get a query, and so an output; None is all.
-        mask: `causal_mask` of the new slots, where the caller has it.
 
     Returns:
         hidden [b, n or a, d], keys and values [b, k, p + n, e] of the row with the new slots.
@@ -377,9 +389,9 @@ def decoder_layer(
         hidden, normed, positions, cos, sin = (
             take_slots(x, queried) for x in (hidden, normed, positions, *rotation)
         )
-        rotation, mask = (cos, sin), None  # the mask was of all new slots
+        rotation = cos, sin
     queries = project_queries(normed, rotation, weights, config)
-    mixed = merge_heads(attention(queries, keys, values, positions, mask))
+    mixed = merge_heads(attention(queries, keys, values, positions))
     hidden = hidden + linear(mixed, weights["o_proj"])
     normed = rms_norm(hidden, weights["post_attention_layernorm"], config.rms_norm_eps)
     return hidden + swiglu(normed, weights), keys, values

@@ -60,15 +60,6 @@ def new_state(config: CoMeTConfig, like: Array, batch_size: int = 1) -> CoMeTSta
     )
 
 
-def _where_rows(flags: np.ndarray, yes: Array, no: Array) -> Array:
-    """Per sequence one or the other, [b, ...]; nothing is computed where all are alike."""
-    if flags.all() or not flags.any():
-        return yes if flags.all() else no
-    xp = array_namespace(yes)
-    shape = (len(flags), *[1] * (yes.ndim - 1))
-    return xp.where(xp.asarray(flags.reshape(shape), device=device(yes)), yes, no)
-
-
 def _fit(x: Array, slots: int) -> Array:
     """[b, k, p, e] with so many slots: a copy, so that a longer one can be freed."""
     xp, (b, k, p, e) = array_namespace(x), x.shape
@@ -79,13 +70,19 @@ def _fit(x: Array, slots: int) -> Array:
 
 
 def open_chunk(
-    state: CoMeTState, params: Weights, config: CoMeTConfig, opens: np.ndarray | None = None
+    state: CoMeTState,
+    params: Weights,
+    config: CoMeTConfig,
+    opens: np.ndarray | None = None,
+    memory: Arrays = (),
 ) -> CoMeTState:
     """Start rows with [G_t | T_t] as keys and values. Twin of `reference.stream.open_chunk`.
 
     Args:
         state: where the streams stand.
         opens: [b] bool, whose rows start; None is all. The other rows stay as they are.
+        memory: per layer G_t, where the round that closed the last chunk made it; else it is
+            read from S_t.
 
     Returns:
         The state with the rows begun, `row_length` their memory slots.
@@ -99,20 +96,28 @@ def open_chunk(
         return state
     row_length = np.where(opens, memory_slots, state.row_length)
     longest = int(row_length.max())
-    xp = array_namespace(params["norm"])
+    xp, where = array_namespace(params["norm"]), device(params["norm"])
     rotation = rotary_table(np.arange(slots)[None], config.backbone, params["norm"])
+    flags = None if opens.all() else xp.asarray(opens[:, None, None, None], device=where)
+
+    def begin(new: Array, old: Array) -> Array:
+        new = _fit(new, longest)
+        return new if flags is None else xp.where(flags, new, _fit(old, longest))
+
     keys, values = [], []
     for i, weights in enumerate(params["layers"]):
         parts = []
-        if config.memory.has_global:
+        if memory:
+            parts.append(memory[i])
+        elif config.memory.has_global:
             parts.append(read_global(state.global_state[i], weights["global_memory"]))
         if config.memory.has_temporary:
             parts.append(state.temporary_memory[i])
         # A sequence without memories yet, beside ones that have: its row begins over these slots.
         joined = xp.concat(parts, axis=1)[:, :slots, :]  # [b, m + q, d]
         k, v = project_memory(joined, rotation, weights, config.backbone)
-        keys.append(_where_rows(opens, _fit(k, longest), _fit(state.keys[i], longest)))
-        values.append(_where_rows(opens, _fit(v, longest), _fit(state.values[i], longest)))
+        keys.append(begin(k, state.keys[i]))
+        values.append(begin(v, state.values[i]))
     return dataclasses.replace(state, row_length=row_length, keys=tuple(keys), values=tuple(values))
 
 
@@ -132,6 +137,10 @@ class Reading:
 
     state: CoMeTState
     """Where the streams stand after it."""
+
+    memory: Arrays
+    """Per layer [b, m, d], the global memory that the next chunk sees; empty where no chunk closed,
+    so that it is what it was."""
 
     def last(self, previous: Array | None) -> Array | None:
         """[b, d], each sequence's last output: this round's, or the previous one where it read
@@ -195,7 +204,7 @@ def run_row(
     queue = state.temporary_memory
     if laid_out.is_shared:
         queue = tuple(t[:, : int(state.queue_length[0]), :] for t in queue)
-    hidden, keys, values, states, queue = run_layers(
+    hidden, keys, values, states, queue, memory = run_layers(
         take_slots(text, row.columns),
         row,
         rotary_table(laid_out.positions, config.backbone, params["norm"]),
@@ -220,6 +229,7 @@ def run_row(
             keys=tuple(_fit(k, longest) for k in keys),
             values=tuple(_fit(v, longest) for v in values),
         ),
+        memory,
     )
 
 
@@ -250,15 +260,15 @@ def read(
     if lengths is None:
         lengths = np.full(b, n)
     size = config.memory.chunk_size if roll else None
-    text = xp.concat([ids, xp.zeros_like(ids[:, :1])], axis=1)
+    text, memory = xp.concat([ids, xp.zeros_like(ids[:, :1])], axis=1), ()
     for plan in plan_rounds(lengths, state.open_tokens, size, chunk_sizes):
         opens = (state.row_length == 0) & (plan.take > 0)
         if opens.any():
-            state = open_chunk(state, params, config, opens)
+            state = open_chunk(state, params, config, opens, memory)
         ends = (plan.take > 0) & (plan.start + plan.take == lengths)
         wanted = "none" if outputs == "last" and not ends.any() else outputs
         part = run_row(text, state, params, config, plan=plan, outputs=wanted)
-        state = part.state
+        state, memory = part.state, part.memory or memory
         yield part
 
 

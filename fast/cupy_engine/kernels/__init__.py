@@ -1,8 +1,9 @@
 """Fused CUDA kernels, and the functions that launch them: twins of those in `fast/layers.py` and
 `fast/global_memory.py`.
 
-Letters of shapes are as there. Arrays are C-contiguous, on one device, and float32, float16 or
-bfloat16; arithmetic is in float32. Each `.cu` file opens with its kernel's contract.
+Letters of shapes are as there. Arrays are on one device, and float32, float16 or bfloat16; what is
+not contiguous is copied first. Arithmetic is in float32. Each `.cu` file opens with its kernel's
+contract. `fast/cupy_engine/operations.py` says when they run.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ ATTENTION_THREADS, TILE_ROWS = 128, 16
 
 MAX_HEAD_DIM, MAX_RANK = 128, 64
 """The widest head that `attention` takes, and the largest rank of `update_global`'s adapter."""
+
+ARRAY_FORM = "Let arrays compute it: fast.cupy_engine.operations.KERNELS.pop({!r})."
+"""What to do where a kernel cannot."""
 
 SCALARS = {"int": np.int32, "long long": np.int64, "float": np.float32}
 """NumPy's scalars of C's types."""
@@ -154,22 +158,27 @@ def run(
     _module().get_function(name)(grid, block, args, shared_mem=shared_mem)
 
 
+def _launch(kernel: str, x: Array, grid: tuple, block: tuple, args: tuple, shared: int = 0) -> None:
+    """`run` a kernel for the dtype of an array, on contiguous arrays."""
+    if x.dtype.name not in TYPES:
+        raise ValueError(
+            f"{kernel} got an array of {x.dtype.name}; the kernels store {', '.join(TYPES)}: cast "
+            "it first."
+        )
+    run(f"{kernel}<{TYPES[x.dtype.name]}>", grid, block, tuple(map(_contiguous, args)), shared)
+
+
+def _contiguous(x: Any) -> Any:
+    """An array as its kernel takes it; a number as it is."""
+    return x if x.flags.c_contiguous else x.copy(order="C")
+
+
 @functools.cache
 def _module() -> Any:
     """All kernels, compiled once for each device by CuPy."""
     import cupy
 
     return cupy.RawModule(code=source(), name_expressions=NAMES, options=("-std=c++17",))
-
-
-def _name(kernel: str, x: Array) -> str:
-    """The name of a kernel for an array's dtype."""
-    if x.dtype.name not in TYPES:
-        raise ValueError(
-            f"{kernel} got an array of {x.dtype.name}; the kernels store {', '.join(TYPES)}: cast "
-            "it first."
-        )
-    return f"{kernel}<{TYPES[x.dtype.name]}>"
 
 
 def _threads(d: int) -> tuple[int]:
@@ -204,10 +213,10 @@ def rms_norm(x: Array, weight: Array, eps: float | None) -> Array:
     Returns:
         [..., d].
     """
-    out, d = np.empty_like(x), x.shape[-1]
+    out, d = np.empty_like(x, order="C"), x.shape[-1]
     if x.size:
         args = (x, weight, out, np.int32(d), _epsilon(eps))
-        run(_name("rms_norm", x), (x.size // d,), _threads(d), args)
+        _launch("rms_norm", x, (x.size // d,), _threads(d), args)
     return out
 
 
@@ -221,12 +230,12 @@ def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
     Returns:
         [b, heads, n, e].
     """
-    out, (cos, sin) = np.empty_like(x), rotation
+    out, (cos, sin) = np.empty_like(x, order="C"), rotation
     if x.size:
         _, heads, n, e = x.shape
         sizes = (np.int32(heads), np.int32(n), np.int32(e // 2), np.int32(len(cos) > 1))
         args = (x, cos, sin, out, *sizes, np.int64(x.size // 2))
-        run(_name("rotate", x), _blocks(x.size // 2), (THREADS,), args)
+        _launch("rotate", x, _blocks(x.size // 2), (THREADS,), args)
     return out
 
 
@@ -239,10 +248,10 @@ def silu_product(gate: Array, up: Array) -> Array:
     Returns:
         [..., f].
     """
-    out = np.empty_like(gate)
+    out = np.empty_like(gate, order="C")
     if gate.size:
         args = (gate, up, out, np.int64(gate.size))
-        run(_name("silu_product", gate), _blocks(gate.size), (THREADS,), args)
+        _launch("silu_product", gate, _blocks(gate.size), (THREADS,), args)
     return out
 
 
@@ -264,16 +273,17 @@ def attention(queries: Array, keys: Array, values: Array, positions: Array) -> A
     (b, h, n, e), (_, k, length, _) = queries.shape, keys.shape
     if e > MAX_HEAD_DIM:
         raise ValueError(
-            f"attention got heads of width {e}; its kernel takes at most {MAX_HEAD_DIM}."
+            f"attention got heads of width {e}; its kernel takes at most {MAX_HEAD_DIM}. "
+            + ARRAY_FORM.format("attention")
         )
-    out = np.empty_like(queries)
+    out = np.empty_like(queries, order="C")
     if queries.size:
         group = h // k
         sizes = (group, n, length, e, len(positions) > 1)
         args = (queries, keys, values, _integers(positions), out, *map(np.int32, sizes))
         floats = TILE_ROWS * e + WARP * (e + 1) + WARP * e
         grid = (-(-group * n // TILE_ROWS), k, b)
-        run(_name("attention", queries), grid, (ATTENTION_THREADS,), args, 4 * floats)
+        _launch("attention", queries, grid, (ATTENTION_THREADS,), args, 4 * floats)
     return out
 
 
@@ -310,9 +320,10 @@ def update_global(
     (b, m, d), rank = readout.shape, len(weights["adapter_down"])
     if rank > MAX_RANK:
         raise ValueError(
-            f"update_global got adapters of rank {rank}; its kernel takes at most {MAX_RANK}."
+            f"update_global got adapters of rank {rank}; its kernel takes at most {MAX_RANK}. "
+            + ARRAY_FORM.format("update_global")
         )
-    new, memory = np.empty_like(readout), np.empty_like(readout)
+    new, memory = np.empty_like(readout, order="C"), np.empty_like(readout, order="C")
     if not readout.size:
         return new, memory
     ones = np.ones_like(readout, dtype=np.int64, shape=(1, 1))
@@ -336,7 +347,7 @@ def update_global(
         joined = np.concatenate([candidate, state], axis=-1).reshape(b * m, 2 * d)
         logits = (joined @ gate.T).astype(readout.dtype, copy=False)
         args = (state, candidate, logits, bias, *adapters, *outputs, saturation)
-    run(_name(kernel, readout), (b * m,), _threads(d), args)
+    _launch(kernel, readout, (b * m,), _threads(d), args)
     return new, memory
 
 
