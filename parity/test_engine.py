@@ -7,7 +7,9 @@ leaves nothing on the host. CuPy follows the same standard.
 
 import dataclasses
 import inspect
+import sys
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import array_api_compat.numpy as numpy_namespace
@@ -565,3 +567,68 @@ def test_reading_asks_for_no_more_than_it_is_asked():
     ids = np.arange(8)[None] % VOCAB
     parts = engine_stream.read(ids, engine.new_state(), engine.weights, config, outputs="none")
     assert {part.hidden.shape[1] for part in parts} == {0}
+
+
+def no_gpu():
+    raise RuntimeError("cudaErrorNoDevice")
+
+
+def no_compiler(*_):
+    raise OSError("libnvrtc.so.12: cannot open shared object file")
+
+
+def fake_cupy(built=12090, driver=12080, count=lambda: 1, ones=np.ones):
+    """A module with what the engine asks CuPy before it computes; the driver is a CUDA version."""
+    runtime = SimpleNamespace(
+        runtimeGetVersion=lambda: built, driverGetVersion=lambda: driver, getDeviceCount=count
+    )
+    return SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=runtime), ones=ones)
+
+
+@pytest.mark.parametrize(
+    ("cupy", "words"),
+    [
+        (None, r"CuPy is not installed .* pip install \"comet-memory\[cupy\]\" for CUDA 12"),
+        (fake_cupy(driver=0), r"finds no NVIDIA driver \(libcuda.so.1\); install one"),
+        (fake_cupy(13000, 12080), "built for CUDA 13, the driver knows CUDA 12.8 at most; install"),
+        (fake_cupy(count=no_gpu), r"finds no GPU \(cudaErrorNoDevice\); check nvidia-smi and CUDA"),
+        (
+            fake_cupy(ones=no_compiler),
+            r"cannot compute on it \(libnvrtc.* pip install \"cupy-cuda12x\[ctk\]\"",
+        ),
+    ],
+)
+def test_a_cupy_that_cannot_compute_says_what_to_do(monkeypatch, tmp_path, cupy, words):
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(ImportError, match=words):
+        CoMeTEngine.from_pretrained(tmp_path)
+
+
+def test_a_cupy_that_does_not_load_says_what_to_do(monkeypatch, tmp_path):
+    (tmp_path / "cupy.py").write_text("raise ImportError('libcuda.so.1: no such file')")
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"does not load \(libcuda.so.1: .* nvidia-smi"):
+        CoMeTEngine.from_pretrained(tmp_path)
+
+
+def test_too_little_memory_says_what_to_do_and_loses_nothing(make_config, tmp_path):
+    config, ids = make_config(), np.array([[1, 2, 3, 4, 5, 6]])
+    engine = NUMPY.engine(config, random_weights(config, 0))
+    state = engine(ids).state
+    expected = engine(ids, state=state).logits
+
+    def full(*_, **__):
+        raise MemoryError("1 TB asked for")
+
+    with patch("fast.cupy_engine.layers.swiglu", full):
+        for call in (engine.__call__, engine.generate):
+            with pytest.raises(MemoryError, match=r"for the call: read fewer .*\(1 TB asked for\)"):
+                call(ids, state=state)
+    assert np.array_equal(engine(ids, state=state).logits, expected)
+    CoMeTModel(config, to_tensors(engine.weights, torch.float64)).save_pretrained(tmp_path)
+    with (
+        patch("fast.cupy_engine.engine.map_parameters", full),
+        pytest.raises(MemoryError, match="for the weights: take a narrower dtype"),
+    ):
+        CoMeTEngine.from_pretrained(tmp_path, library="numpy")

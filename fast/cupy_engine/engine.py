@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import ml_dtypes
 import numpy as np
-from array_api_compat import array_namespace, device, is_array_api_obj, is_torch_array
+from array_api_compat import array_namespace, device, is_array_api_obj, is_cupy_array
 
 from reference.config import CoMeTConfig
 from reference.parameters import map_parameters, shapes
@@ -31,6 +33,9 @@ from .sampling import sample
 from .stream import Reading, close_chunk, join, new_state, read
 
 __all__ = ["CoMeTEngine", "EngineGeneration", "EngineOutput", "predict"]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def predict(hidden: Array, params: Weights, config: CoMeTConfig) -> Array:
@@ -69,6 +74,29 @@ class EngineGeneration:
 
     state: CoMeTState
     """Where the streams stand: they have read the new tokens too."""
+
+
+@contextmanager
+def _enough_memory(what: str) -> Iterator[None]:
+    """Tell what to do where memory runs out."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryError(f"there is not enough memory for {what} ({error}).") from error
+
+
+def _on_device(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Let a method compute on the device of the weights, which CuPy makes arrays on only then."""
+
+    @functools.wraps(method)
+    def run(*args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        engine: Any = args[0]
+        what = "the call: read fewer sequences at once, or take a narrower dtype"
+        is_cupy = is_cupy_array(engine.weights["norm"])
+        with engine.device if is_cupy else nullcontext(), _enough_memory(what):
+            return method(*args, **options)
+
+    return run
 
 
 class CoMeTEngine:
@@ -125,8 +153,8 @@ class CoMeTEngine:
         return self.weights["norm"].dtype
 
     def place(self, array: Array) -> Array:
-        """An array of the engine's library, NumPy's or PyTorch's, on its device, in its dtype."""
-        array = to_host(array) if is_torch_array(array) else array
+        """An array of any library as one of the engine's, on its device, in its dtype."""
+        array = array if array_namespace(array) is self.xp else to_host(array)
         return self.xp.asarray(array, dtype=self.dtype, device=self.device)
 
     @classmethod
@@ -149,6 +177,7 @@ class CoMeTEngine:
         Raises:
             FileNotFoundError: a file is missing.
             ImportError: the library is not there, or has no GPU to run on; what to do is said.
+            MemoryError: the weights do not fit on the device.
             ValueError: a file is cut short or foreign, or an argument does not fit.
         """
         if dtype is not None:
@@ -164,7 +193,8 @@ class CoMeTEngine:
                 )
             return xp.asarray(x, dtype=dtype_of(xp, kind), device=device)
 
-        return cls(config, map_parameters(place, weights))
+        with _enough_memory("the weights: take a narrower dtype, or another device"):
+            return cls(config, map_parameters(place, weights))
 
     @classmethod
     def from_model(cls, model: Any, *, library: str | Any = "cupy") -> CoMeTEngine:
@@ -190,6 +220,7 @@ class CoMeTEngine:
             ) from error
         return cls(model.config, tree)
 
+    @_on_device
     def new_state(self, batch_size: int = 1) -> CoMeTState:
         """The state before any text.
 
@@ -202,6 +233,7 @@ class CoMeTEngine:
         check_count("batch_size", batch_size, 1)
         return new_state(self.config, self.weights["norm"], batch_size)
 
+    @_on_device
     def close_chunk(self, state: CoMeTState) -> CoMeTState:
         """End the open chunk by hand, so that what comes next starts a chunk of its own.
 
@@ -214,6 +246,7 @@ class CoMeTEngine:
         state.check(self.config, state.batch_size, self.weights["norm"])
         return close_chunk(state, self.weights, self.config)
 
+    @_on_device
     def __call__(
         self,
         ids: Array,
@@ -233,6 +266,7 @@ class CoMeTEngine:
             chunk_sizes: sizes in tokens, adding up to n, of the chunks to cut this text into.
 
         Raises:
+            MemoryError: the device has too little; the state stands where it stood.
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, sizes, state = check_call(self, ids, lengths, state)
@@ -257,6 +291,7 @@ class CoMeTEngine:
             found = predict(last[:, None, :], params, config)
         return EngineOutput(state, found)
 
+    @_on_device
     def generate(
         self,
         ids: Array,
@@ -276,6 +311,7 @@ class CoMeTEngine:
         with NumPy's generator.
 
         Raises:
+            MemoryError: as in a call.
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, sizes, state = check_call(self, ids, lengths, state)
@@ -335,19 +371,50 @@ def _import_library(library: str | Any) -> Any:
     if name not in ("cupy", "numpy") and not isinstance(library, str):
         return library
     check_choice("library", name, ("cupy", "numpy"))
-    if name == "numpy":
-        return importlib.import_module("array_api_compat.numpy")
+    if name == "cupy":
+        _check_cupy()
+    return importlib.import_module(f"array_api_compat.{name}")
+
+
+def _check_cupy() -> None:
+    """Raise an ImportError that says what to do unless CuPy computes on a GPU."""
     try:
         cupy = importlib.import_module("cupy")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(
-            f"CuPy is not usable ({error}); install the one for your CUDA, e.g. pip install "
+            f"CuPy is not installed ({error}); install the one for your CUDA, pip install "
             '"comet-memory[cupy]" for CUDA 12 or "comet-memory[cupy13]" for CUDA 13, or take '
             'library="numpy".'
         ) from error
-    if not cupy.cuda.is_available():
+    except ImportError as error:
         raise ImportError(
-            f"CuPy {cupy.__version__} finds no GPU; check the driver with nvidia-smi, or take "
-            'library="numpy".'
+            f"CuPy is installed but does not load ({error}); check the driver with nvidia-smi, "
+            'reinstall the CuPy for its CUDA, or take library="numpy".'
+        ) from error
+    runtime = cupy.cuda.runtime
+    built, driver = runtime.runtimeGetVersion(), runtime.driverGetVersion()  # 12090 is CUDA 12.9
+    if not driver:
+        raise ImportError(
+            f"CuPy {cupy.__version__} finds no NVIDIA driver (libcuda.so.1); install one and check "
+            'it with nvidia-smi, or take library="numpy".'
         )
-    return importlib.import_module("array_api_compat.cupy")
+    if driver // 1000 < built // 1000:
+        raise ImportError(
+            f"CuPy {cupy.__version__} is built for CUDA {built // 1000}, the driver knows CUDA "
+            f"{driver // 1000}.{driver % 1000 // 10} at most; install the CuPy for that, for "
+            'example "comet-memory[cupy]" for CUDA 12, or update the driver.'
+        )
+    try:
+        runtime.getDeviceCount()
+    except RuntimeError as error:
+        raise ImportError(
+            f"CuPy {cupy.__version__} finds no GPU ({error}); check nvidia-smi and "
+            'CUDA_VISIBLE_DEVICES, or take library="numpy".'
+        ) from error
+    try:
+        (cupy.ones(1) + 1).get()  # which compiles, so that a missing compiler shows here
+    except Exception as error:  # many kinds: a library, a header or the compiler may be missing
+        raise ImportError(
+            f"CuPy {cupy.__version__} finds a GPU but cannot compute on it ({error}); it needs the "
+            f'libraries of CUDA {built // 1000}, e.g. pip install "cupy-cuda{built // 1000}x[ctk]".'
+        ) from error
