@@ -1,4 +1,4 @@
-"""Draws docs/images/rows.svg, the picture of the README: `python docs/pictures.py`."""
+"""Draws pictures of the README and of docs/gpu.md: `python docs/pictures.py`."""
 
 from pathlib import Path
 
@@ -97,6 +97,57 @@ def draw_rows(path: Path) -> None:
     plt.close(figure)
 
 
+GROUP, NEW, MEMORY = 2, 24, 40
+"""Query heads of a key head, new slots, and slots of the row before them."""
+
+TILE_ROWS, WARP_ROWS, LANES = 16, 4, 32
+"""Of the attention kernel: rows of a block, rows of a warp, and keys of a tile."""
+
+
+def draw_blocks(path: Path) -> None:
+    """What the blocks, warps and lanes of the attention kernel take of the scores."""
+    figure, axes = plt.subplots(figsize=(9.6, 5.0), layout="constrained")
+    rows, keys, block = GROUP * NEW, MEMORY + NEW, 1
+    for row in range(rows):  # what a row sees: every key up to its own slot
+        seen = MEMORY + row % NEW + 1
+        axes.add_patch(Rectangle((0, row), seen, 1, fc=COLOURS["H"], lw=0))
+    top = block * TILE_ROWS
+    for number in range(TILE_ROWS // WARP_ROWS):
+        y, colour = top + number * WARP_ROWS, COLOURS["R" if number % 2 else "G"]
+        axes.add_patch(Rectangle((0, y), keys, WARP_ROWS, fc=colour, alpha=0.45, lw=0))
+        axes.text(keys + 1, y + 2, f"warp {number}", va="center", fontsize=9)
+    for y in range(0, rows + 1, TILE_ROWS):
+        axes.plot([0, keys], [y, y], color="#333333", lw=1.6)
+    for x in range(0, keys + 1, LANES):
+        axes.plot([x, x], [0, rows], color="#333333", lw=0.8, ls=(0, (4, 3)))
+    for number in range(rows // TILE_ROWS):
+        y = (number + 0.5) * TILE_ROWS
+        axes.text(-1, y, f"block {number}\n16 rows", ha="right", va="center", fontsize=9)
+    for number in range(keys // LANES):
+        x, name = (number + 0.5) * LANES, f"tile {number}: 32 keys, a lane each"
+        axes.text(x, -1, name, ha="center", va="bottom", fontsize=9)
+    for head in range(GROUP):
+        y, name = (head + 0.5) * NEW, f"query head {head}\n{NEW} new slots"
+        axes.text(keys + 15, y, name, ha="center", va="center", fontsize=9)
+        edges = [head * NEW + 0.4, (head + 1) * NEW - 0.4]
+        axes.plot([keys + 9.5] * 2, edges, color="#333333", lw=0.8)
+    draw_arrow(axes, (2, top + 8), (keys - 3, top + 8), colour=COLOURS["T"])
+    words = "a block goes over the tiles, with a running maximum and sum for each row"
+    axes.text(2, top + 5.6, words, fontsize=9)
+    x = MEMORY / 2
+    axes.text(
+        x, rows + 1.2, "memory, and what the chunk has read", ha="center", va="top", fontsize=9
+    )
+    axes.text(MEMORY + NEW / 2, rows + 1.2, "new slots", ha="center", va="top", fontsize=9)
+    axes.plot([MEMORY] * 2, [rows, rows + 1.5], color="#333333", lw=0.8)
+    axes.set(xlim=(-9, keys + 21), ylim=(rows + 4, -4))
+    axes.axis("off")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    mpl.rcParams["svg.hashsalt"] = "rows"  # the same file every time
-    draw_rows(Path(__file__).parent / "images" / "rows.svg")
+    images = Path(__file__).parent / "images"
+    for name, draw in (("rows", draw_rows), ("blocks", draw_blocks)):
+        mpl.rcParams["svg.hashsalt"] = name  # the same file every time
+        draw(images / f"{name}.svg")
