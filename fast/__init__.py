@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .inputs import IGNORE
     from .machine import keep_memory
     from .model import CoMeTGeneration, CoMeTModel, CoMeTOutput
+    from .recorder import Recorder
     from .state import CoMeTState
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "CoMeTOutput",
     "CoMeTState",
     "MemoryConfig",
+    "Recorder",
     "keep_memory",
 ]
 
@@ -35,6 +37,7 @@ _HOMES = {
     "CoMeTModel": "model",
     "CoMeTOutput": "model",
     "CoMeTState": "state",
+    "Recorder": "recorder",
     "keep_memory": "machine",
 }
 """Where a name lives, imported when it is asked for: the engine on arrays runs without PyTorch."""

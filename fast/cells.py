@@ -7,6 +7,8 @@ be compiled whole. `params`, `config` and the letters of shapes are as in `strea
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,9 @@ from .global_memory import update_global
 from .layers import Weights, causal_mask, decoder_layer, take_slots
 from .rows import Row
 from .temporary_memory import update_temporary
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
 
 __all__ = ["embed", "run_layer", "run_layers"]
 
@@ -115,6 +120,7 @@ def run_layers(
     queue: Tensors,
     params: Weights,
     config: CoMeTConfig,
+    recorder: Recorder | None = None,
 ) -> tuple[Tensor, Tensors, Tensors, Tensors, Tensors]:
     """A round's new slots up all layers.
 
@@ -123,6 +129,7 @@ def run_layers(
         row, rotation: as in `run_layer`.
         keys, values: per layer [b, k, p, e], the rows so far.
         global_state, queue: per layer, as in the state; empty where there is no such memory.
+        recorder: what watches every layer, or None.
 
     Returns:
         [b, w, d], see `Reading.hidden`; then keys, values, global state and queues after the round.
@@ -132,8 +139,9 @@ def run_layers(
     top = len(keys) - 1
     cells = []
     for i, weights in enumerate(params["layers"]):
+        before = hidden
         hidden, *cell = run_layer(
-            hidden,
+            before,
             row,
             rotation,
             mask,
@@ -145,6 +153,9 @@ def run_layers(
             config,
             row.queried if i == top else None,
         )
+        if recorder is not None:
+            both = global_state[i] if global_state else None, cell[2]
+            recorder.layer(before, hidden, cell[0], both, row, rotation, weights)
         cells.append(cell)
     if row.queried is None:
         hidden = take_slots(hidden, row.text)

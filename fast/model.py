@@ -28,6 +28,7 @@ from .inputs import (
 )
 from .layers import Weights, linear, rms_norm, take_slots, widen
 from .parameters import ParameterTree, initialize
+from .recorder import Recorder
 from .sampling import sample
 from .state import CoMeTState
 from .stream import Reading, close_chunk, join, new_state, read
@@ -188,11 +189,12 @@ class CoMeTModel(nn.Module):
         check_count("batch_size", batch_size, 1)
         return new_state(self.config, self.dtype, batch_size, self.device)
 
-    def close_chunk(self, state: CoMeTState) -> CoMeTState:
+    def close_chunk(self, state: CoMeTState, *, recorder: Recorder | None = None) -> CoMeTState:
         """End the open chunk by hand, so that what comes next starts a chunk of its own.
 
         Args:
             state: where the streams stand; it is not changed.
+            recorder: what watches, see `Recorder`.
 
         Returns:
             The state; a sequence without text since its last chunk is as it was.
@@ -201,7 +203,7 @@ class CoMeTModel(nn.Module):
             ValueError: the state belongs to another model.
         """
         state.check(self.config, state.batch_size, self.weights["norm"])
-        return close_chunk(state, self.weights, self.config)
+        return close_chunk(state, self.weights, self.config, recorder)
 
     def forward(
         self,
@@ -212,6 +214,8 @@ class CoMeTModel(nn.Module):
         logits: str = "all",
         chunk_sizes: Sequence[int] | None = None,
         backprop_chunks: int | None = None,
+        *,
+        recorder: Recorder | None = None,
     ) -> CoMeTOutput:
         """Read text.
 
@@ -231,6 +235,7 @@ class CoMeTModel(nn.Module):
                 the open chunk, if there is one; the last stays open.
             backprop_chunks: gradients are cut at every so many chunk borders of a stream, counted
                 from its start; None never cuts.
+            recorder: what watches, see `Recorder`.
 
         Returns:
             A `CoMeTOutput`.
@@ -262,6 +267,7 @@ class CoMeTModel(nn.Module):
             backprop_chunks=backprop_chunks,
             lengths=sizes,
             outputs=logits if targets is None else "all",
+            recorder=recorder,
         ):
             state = part.state
             if targets is not None:
@@ -296,6 +302,7 @@ class CoMeTModel(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         on_token: Callable[[list[int | None]], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> CoMeTGeneration:
         """Continue a text, in constant memory however long the continuation is.
 
@@ -312,6 +319,7 @@ class CoMeTModel(nn.Module):
             top_p: sample among the fewest likeliest tokens whose probabilities reach p.
             generator: source of the samples, for the same ones again.
             on_token: called with each step's token of every sequence, None where one has ended.
+            recorder: what watches, see `Recorder`.
 
         Returns:
             A `CoMeTGeneration`.
@@ -328,7 +336,10 @@ class CoMeTModel(nn.Module):
         running = np.full(b, max_new_tokens > 0)
         with torch.no_grad():
             last: Tensor | None = None
-            for part in read(ids, state, params, config, lengths=sizes, outputs="last"):
+            prompt = read(
+                ids, state, params, config, lengths=sizes, outputs="last", recorder=recorder
+            )
+            for part in prompt:
                 last, state = part.last(last), part.state
             while running.any() and last is not None:
                 logits = predict(last, params, config)  # [b, vocab]
@@ -346,6 +357,7 @@ class CoMeTModel(nn.Module):
                     roll=roll,
                     lengths=take,
                     outputs="last",
+                    recorder=recorder,
                 ):
                     last, state = part.last(last), part.state
                 for row, token in enumerate(step):

@@ -43,6 +43,10 @@ class ParameterTree(nn.Module):
         found = self._parameters.get(name)  # getattr would look everywhere else first
         return getattr(self, name) if found is None else found
 
+    def get(self, name: str) -> Any:
+        """What has that name, or None."""
+        return self[name] if name in self.names else None
+
     def __contains__(self, name: object) -> bool:
         return name in self.names
 

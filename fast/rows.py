@@ -24,10 +24,13 @@ from .chunking import Round
 if TYPE_CHECKING:
     from .state import CoMeTState
 
-__all__ = ["Row", "count_round", "lay_out"]
+__all__ = ["KINDS", "Row", "count_round", "lay_out", "slot_kinds"]
 
 Index = Any
 """An integer array: NumPy's where it is laid out, a device's after `Row.map`."""
+
+KINDS = ("global", "temporary", "text", "compression", "readout")
+"""What a slot of a row holds, by number, in the order in which they stand there first."""
 
 NEVER = 2**40
 """A stride longer than any chunk: no group is ever full."""
@@ -192,3 +195,37 @@ def count_round(
             state.queue_length + row.entries[:, 0], memory.temporary_memory_size
         ),
     }
+
+
+def slot_kinds(state: CoMeTState, plan: Round, memory: MemoryConfig) -> np.ndarray:
+    """What each slot of every row holds, once a round has been read.
+
+    Args:
+        state, plan, memory: as in `lay_out`.
+
+    Returns:
+        [b, l] int64 numbers in `KINDS`; -1 after a row's end.
+    """
+    stride = memory.compression_stride or NEVER
+    old, tokens = state.open_tokens, state.open_tokens + plan.take
+    memory_slots = state.row_length - old - np.maximum(old - 1, 0) // stride  # 0 in a closed row
+    global_slots = np.minimum((state.chunks > 0) * memory.global_memory_size, memory_slots)
+    laid = tokens + np.maximum(tokens - 1, 0) // stride
+    ends = np.cumsum(
+        [
+            global_slots,
+            memory_slots - global_slots,
+            laid,
+            plan.close * (memory.has_temporary and memory.trailing_compression),
+            plan.close * memory.global_memory_size,
+        ],
+        axis=0,
+    )  # [5, b]
+    slot = np.arange(ends[-1].max())
+    kinds = (slot >= ends[:, :, None]).sum(axis=0)  # [b, l]
+    inside = (kinds == KINDS.index("text")) & (
+        (slot - memory_slots[:, None] + 1) % (stride + 1) == 0
+    )
+    kinds[inside] = KINDS.index("compression")
+    kinds[kinds == len(KINDS)] = -1
+    return kinds

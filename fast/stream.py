@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from .global_memory import read_global
 from .layers import Weights, project_memory, put_slots, rotary_table, take_slots
 from .rows import Row, count_round, lay_out
 from .state import CoMeTState, fingerprint
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
 
 __all__ = [
     "Reading",
@@ -186,6 +189,7 @@ def run_row(
     *,
     plan: Round,
     outputs: str = "all",
+    recorder: Recorder | None = None,
 ) -> Reading:
     """One round: new slots of every open row up the layers, the memories updated on the way.
 
@@ -198,11 +202,14 @@ def run_row(
         plan: what each sequence reads, and whether its chunk closes.
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
             The top layer computes no others.
+        recorder: what watches, or None.
 
     Returns:
         A `Reading`.
     """
     laid_out = lay_out(state, plan, config.memory, text.shape[1] - 1, outputs)
+    if recorder is not None:
+        recorder.begin(state, plan, laid_out, config)
     device = params["norm"].device
     row = laid_out.map(lambda x, widths: torch.from_numpy(x).to(device).split(widths, dim=1))
     queue = state.temporary_memory
@@ -218,6 +225,7 @@ def run_row(
         queue,
         params,
         config,
+        recorder,
     )
     counts: dict[str, Any] = count_round(state, plan, laid_out, config.memory)
     longest = int(counts["row_length"].max())
@@ -246,6 +254,7 @@ def read(
     backprop_chunks: int | None = None,
     lengths: np.ndarray | None = None,
     outputs: str = "all",
+    recorder: Recorder | None = None,
 ) -> Iterator[Reading]:
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
 
@@ -255,6 +264,7 @@ def read(
         chunk_sizes, roll, backprop_chunks: as in the reference.
         lengths: [b] int64 tokens of each sequence, 0 for one that waits; None is n for all.
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
+        recorder: what watches, or None.
 
     Yields:
         Each round's top outputs and state, so that nothing grows with the text.
@@ -269,7 +279,7 @@ def read(
             state = open_chunk(state, params, config, opens)
         ends = (plan.take > 0) & (plan.start + plan.take == lengths)
         wanted = "none" if outputs == "last" and not ends.any() else outputs
-        part = run_row(text, state, params, config, plan=plan, outputs=wanted)
+        part = run_row(text, state, params, config, plan=plan, outputs=wanted, recorder=recorder)
         if backprop_chunks is not None:
             cut = plan.close & (part.state.chunks % backprop_chunks == 0)
             part = dataclasses.replace(part, state=_detach_rows(part.state, cut))
@@ -282,7 +292,9 @@ def _detach_rows(state: CoMeTState, rows: np.ndarray) -> CoMeTState:
     return state.map_tensors(lambda t: _where_rows(rows, t.detach(), t))
 
 
-def close_chunk(state: CoMeTState, params: Weights, config: CoMeTConfig) -> CoMeTState:
+def close_chunk(
+    state: CoMeTState, params: Weights, config: CoMeTConfig, recorder: Recorder | None = None
+) -> CoMeTState:
     """End every open chunk by hand, so that what comes next starts a chunk of its own. Twin of
     `reference.stream.close_chunk`.
 
@@ -295,4 +307,4 @@ def close_chunk(state: CoMeTState, params: Weights, config: CoMeTConfig) -> CoMe
     nothing = np.zeros(state.batch_size, dtype=np.int64)
     plan = Round(start=nothing, take=nothing, close=closes)
     text = torch.zeros((state.batch_size, 1), dtype=torch.int64, device=params["norm"].device)
-    return run_row(text, state, params, config, plan=plan, outputs="none").state
+    return run_row(text, state, params, config, plan=plan, outputs="none", recorder=recorder).state

@@ -379,5 +379,29 @@ FAULTS = {
         "roll=False,",
         "test_engine::test_decoding_is_the_reference_s",
     ),
+    "the gate of a first chunk recorded": (
+        "recorder.py",
+        "kept = kept * self._row.has_state[:, :, None]",
+        "kept = kept * 1",
+        "test_recorder::test_what_is_recorded_is_what_the_reference_computes",
+    ),
+    "an entry's age counted from the group's start": (
+        "recorder.py",
+        "(group + 1) * stride",
+        "group * stride",
+        "test_recorder::test_what_is_recorded_is_what_the_reference_computes",
+    ),
+    "a compression token taken for text": (
+        "rows.py",
+        "slot - memory_slots[:, None] + 1",
+        "slot - memory_slots[:, None]",
+        "test_recorder::test_what_is_recorded_is_what_the_reference_computes",
+    ),
+    "attention recorded at the wrong slots": (
+        "recorder.py",
+        "take_slots(x, row.text) for x in (normed",
+        "take_slots(x, row.text * 0) for x in (normed",
+        "test_recorder::test_what_is_recorded_is_what_the_reference_computes",
+    ),
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the test that notices)."""

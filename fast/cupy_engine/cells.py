@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from array_api_compat import array_namespace
 
 from reference.config import CoMeTConfig
@@ -11,6 +13,9 @@ from ..rows import Row
 from .global_memory import update_global
 from .layers import Rotation, Weights, decoder_layer, take_slots
 from .temporary_memory import update_temporary
+
+if TYPE_CHECKING:
+    from ..recorder import Recorder
 
 __all__ = ["embed", "run_layer", "run_layers"]
 
@@ -109,6 +114,7 @@ def run_layers(
     queue: Arrays,
     params: Weights,
     config: CoMeTConfig,
+    recorder: Recorder | None = None,
 ) -> tuple[Array, Arrays, Arrays, Arrays, Arrays, Arrays]:
     """A round's new slots up all layers.
 
@@ -117,6 +123,7 @@ def run_layers(
         row, rotation: as in `run_layer`.
         keys, values: per layer [b, k, p, e], the rows so far.
         global_state, queue: per layer, as in the state; empty where there is no such memory.
+        recorder: what watches every layer, or None.
 
     Returns:
         [b, w, d], see `Reading.hidden`; then keys, values, global state and queues after the
@@ -126,8 +133,9 @@ def run_layers(
     top = len(keys) - 1
     cells = []
     for i, weights in enumerate(params["layers"]):
+        before = hidden
         hidden, *cell = run_layer(
-            hidden,
+            before,
             row,
             rotation,
             keys[i],
@@ -138,6 +146,9 @@ def run_layers(
             config,
             row.queried if i == top else None,
         )
+        if recorder is not None:
+            both = global_state[i] if global_state else None, cell[2]
+            recorder.layer(before, hidden, cell[0], both, row, rotation, weights)
         cells.append(cell)
     if row.queried is None:
         hidden = take_slots(hidden, row.text)

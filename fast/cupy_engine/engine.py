@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +31,9 @@ from ..state import CoMeTState
 from .layers import Weights, linear, rms_norm
 from .sampling import sample
 from .stream import Reading, close_chunk, join, new_state, read
+
+if TYPE_CHECKING:
+    from ..recorder import Recorder
 
 __all__ = ["CoMeTEngine", "EngineGeneration", "EngineOutput", "predict"]
 
@@ -234,17 +237,18 @@ class CoMeTEngine:
         return new_state(self.config, self.weights["norm"], batch_size)
 
     @_on_device
-    def close_chunk(self, state: CoMeTState) -> CoMeTState:
+    def close_chunk(self, state: CoMeTState, *, recorder: Recorder | None = None) -> CoMeTState:
         """End the open chunk by hand, so that what comes next starts a chunk of its own.
 
         Args:
             state: where the streams stand; it is not changed.
+            recorder: what watches, see `fast.Recorder`.
 
         Raises:
             ValueError: the state belongs to another model.
         """
         state.check(self.config, state.batch_size, self.weights["norm"])
-        return close_chunk(state, self.weights, self.config)
+        return close_chunk(state, self.weights, self.config, recorder)
 
     @_on_device
     def __call__(
@@ -255,6 +259,7 @@ class CoMeTEngine:
         state: CoMeTState | None = None,
         logits: str = "all",
         chunk_sizes: Sequence[int] | None = None,
+        recorder: Recorder | None = None,
     ) -> EngineOutput:
         """Read text: `CoMeTModel.forward` without labels.
 
@@ -264,6 +269,7 @@ class CoMeTEngine:
             state: where the streams stand; None starts new ones. It is not changed.
             logits: "all", "last" (after each sequence's last token) or "none".
             chunk_sizes: sizes in tokens, adding up to n, of the chunks to cut this text into.
+            recorder: what watches, see `fast.Recorder`.
 
         Raises:
             MemoryError: the device has too little; the state stands where it stood.
@@ -277,7 +283,14 @@ class CoMeTEngine:
         parts: list[Reading] = []
         last: Array | None = None
         for part in read(
-            ids, state, params, config, chunk_sizes=chunk_sizes, lengths=sizes, outputs=logits
+            ids,
+            state,
+            params,
+            config,
+            chunk_sizes=chunk_sizes,
+            lengths=sizes,
+            outputs=logits,
+            recorder=recorder,
         ):
             state = part.state
             if logits == "all":
@@ -306,6 +319,7 @@ class CoMeTEngine:
         top_p: float | None = None,
         generator: np.random.Generator | None = None,
         on_token: Callable[[list[int | None]], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> EngineGeneration:
         """Continue a text, in constant memory: the arguments are those of `CoMeTModel.generate`,
         with NumPy's generator.
@@ -327,7 +341,8 @@ class CoMeTEngine:
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)
         last: Array | None = None
-        for part in read(ids, state, params, config, lengths=sizes, outputs="last"):
+        prompt = read(ids, state, params, config, lengths=sizes, outputs="last", recorder=recorder)
+        for part in prompt:
             last, state = part.last(last), part.state
         while running.any() and last is not None:
             logits = to_host(predict(last, params, config))  # [b, vocab]
@@ -335,7 +350,17 @@ class CoMeTEngine:
             step = [int(t) if run else None for t, run in zip(tokens, running, strict=True)]
             text = self.xp.asarray(tokens[:, None], dtype=self.xp.int64, device=self.device)
             take = running.astype(np.int64)
-            for part in read(text, state, params, config, roll=roll, lengths=take, outputs="last"):
+            more = read(
+                text,
+                state,
+                params,
+                config,
+                roll=roll,
+                lengths=take,
+                outputs="last",
+                recorder=recorder,
+            )
+            for part in more:
                 last, state = part.last(last), part.state
             for row, token in enumerate(step):
                 if token is not None:

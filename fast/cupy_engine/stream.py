@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
@@ -23,6 +23,9 @@ from ..state import CoMeTState, fingerprint
 from .cells import Arrays, run_layers
 from .global_memory import read_global
 from .layers import Weights, project_memory, rotary_table, take_slots
+
+if TYPE_CHECKING:
+    from ..recorder import Recorder
 
 __all__ = ["Reading", "close_chunk", "join", "new_state", "open_chunk", "read", "run_row"]
 
@@ -180,6 +183,7 @@ def run_row(
     *,
     plan: Round,
     outputs: str = "all",
+    recorder: Recorder | None = None,
 ) -> Reading:
     """One round: new slots of every open row up the layers, the memories updated on the way. Twin
     of `fast.stream.run_row`.
@@ -189,11 +193,14 @@ def run_row(
         state: where the streams stand; rows with new slots have been opened.
         plan: what each sequence reads, and whether its chunk closes.
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
+        recorder: what watches, or None.
 
     Returns:
         A `Reading`.
     """
     laid_out = lay_out(state, plan, config.memory, text.shape[1] - 1, outputs)
+    if recorder is not None:
+        recorder.begin(state, plan, laid_out, config)
     xp, where = array_namespace(params["norm"]), device(params["norm"])
 
     def to_device(indices: np.ndarray, widths: list[int]) -> list[Array]:
@@ -214,6 +221,7 @@ def run_row(
         queue,
         params,
         config,
+        recorder,
     )
     counts: dict[str, Any] = count_round(state, plan, laid_out, config.memory)
     longest = int(counts["row_length"].max())
@@ -243,6 +251,7 @@ def read(
     roll: bool = True,
     lengths: np.ndarray | None = None,
     outputs: str = "all",
+    recorder: Recorder | None = None,
 ) -> Iterator[Reading]:
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
 
@@ -252,6 +261,7 @@ def read(
         chunk_sizes, roll: as in the reference.
         lengths: [b] int64 tokens of each sequence, 0 for one that waits; None is n for all.
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
+        recorder: what watches, or None.
 
     Yields:
         Each round's top outputs and state, so that nothing grows with the text.
@@ -267,12 +277,14 @@ def read(
             state = open_chunk(state, params, config, opens, memory)
         ends = (plan.take > 0) & (plan.start + plan.take == lengths)
         wanted = "none" if outputs == "last" and not ends.any() else outputs
-        part = run_row(text, state, params, config, plan=plan, outputs=wanted)
+        part = run_row(text, state, params, config, plan=plan, outputs=wanted, recorder=recorder)
         state, memory = part.state, part.memory or memory
         yield part
 
 
-def close_chunk(state: CoMeTState, params: Weights, config: CoMeTConfig) -> CoMeTState:
+def close_chunk(
+    state: CoMeTState, params: Weights, config: CoMeTConfig, recorder: Recorder | None = None
+) -> CoMeTState:
     """End every open chunk by hand, so that what comes next starts a chunk of its own. Twin of
     `reference.stream.close_chunk`.
 
@@ -286,4 +298,4 @@ def close_chunk(state: CoMeTState, params: Weights, config: CoMeTConfig) -> CoMe
     nothing = np.zeros(state.batch_size, dtype=np.int64)
     plan = Round(start=nothing, take=nothing, close=closes)
     text = xp.zeros((state.batch_size, 1), dtype=xp.int64, device=device(params["norm"]))
-    return run_row(text, state, params, config, plan=plan, outputs="none").state
+    return run_row(text, state, params, config, plan=plan, outputs="none", recorder=recorder).state
