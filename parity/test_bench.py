@@ -20,6 +20,12 @@ def test_contestants_take_turns():
     assert all(len(seconds) == 3 for seconds in timed.seconds.values())
 
 
+def test_a_turn_is_timed_from_idle_to_idle():
+    order = []
+    take_turns({"a": lambda: order.append("a")}, 1, lambda: order.append("idle"))
+    assert order == ["idle", "a", "idle"] * 2
+
+
 def test_medians_and_spreads():
     timed = Timed({"a": [1.0, 2.0, 3.0, 4.0, 100.0], "b": [7.0]})
     assert timed.median("a") == 3.0

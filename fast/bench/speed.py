@@ -117,12 +117,17 @@ class Timed:
         return (high - low) / 2 / self.median(name)
 
 
-def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> Timed:
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    settle: Callable[[], object] = lambda: None,
+) -> Timed:
     """Time each contestant once a round, after one turn that does not count.
 
     Args:
         contestants: what to time, by name.
         rounds: turns of each.
+        settle: waits until a device is idle, before a turn and at its end.
 
     Returns:
         All their seconds.
@@ -130,8 +135,10 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], rounds: int) -> 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, run in contestants.items():
+            settle()
             start = time.perf_counter()
             run()
+            settle()
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return Timed(seconds)
