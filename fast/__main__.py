@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .bench import devices as bench_devices
 from .bench import report as bench_report
 from .machine import keep_memory
 from .tasks import passkey, passkey_report, passkey_training
@@ -20,8 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: words of the command line; None is the process's own.
 
     Raises:
-        SystemExit: with status 2, the command line is wrong, or a package that the command needs
-            is not installed.
+        SystemExit: with status 2, the command line is wrong, or a package or the GPU that the
+            command needs is not there.
     """
     parser = _parser()
     args = parser.parse_args(arguments)
@@ -32,6 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
             f"This command needs {' and '.join(missing)}; run "
             'pip install "comet-memory[commands]" first.\n',
         )
+    if args.command == "bench" and args.device is not None:
+        if args.device == "cpu" and args.page is not None:
+            parser.error("--page needs --device cuda: that page is of GPUs alone")
+        if lacking := bench_devices.lacking(args.device):
+            parser.exit(2, f"{lacking}\n")
     args.run(args)
 
 
@@ -61,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure speed and memory, side by side")
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
+    bench.add_argument("--device", choices=["cuda", "cpu"], help="the engine beside PyTorch, on a "
+                       "GPU, or a few rows on the CPU (default: PyTorch alone)")  # fmt: skip
     bench.add_argument("--quick", action="store_true", help="a few rows, in minutes")
     bench.add_argument("--page", type=Path, help="a Markdown page to put tables and pictures into")
     bench.set_defaults(run=_bench)
@@ -82,7 +90,7 @@ def _needed(args: argparse.Namespace) -> list[str]:
     draws = (
         args.command == "demo"
         or (args.command == "eval" and args.out is not None)
-        or (args.command == "bench" and args.page is not None)
+        or (args.command == "bench" and args.page is not None and args.device is None)
     )
     return ["tqdm", "matplotlib"] if draws else ["tqdm"]
 
@@ -120,11 +128,11 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    jobs = bench_report.QUICK if args.quick else bench_report.JOBS
-    timed = bench_report.run(args.out / "quick" if args.quick else args.out, jobs)
+    folder = args.out.joinpath(args.device or "", "quick" if args.quick else "")
+    timed = bench_report.run(folder, bench_report.choose(args.device, args.quick))
     for section in bench_report.tables(timed).values():
         print(f"\n{section}")
-    print(f"\n{bench_report.footer()}")
+    print(f"\n{bench_report.footer(args.device)}")
     if args.page is not None:
         bench_report.fill(args.page, timed)
 

@@ -2,14 +2,20 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from fast.bench import report
+from fast.__main__ import main
+from fast.bench import devices, report, speed
 from fast.bench.speed import MEMORIES, Case, Timed, chunk_work, take_turns
+from fast.cupy_engine import CoMeTEngine
+from fast.cupy_engine import engine as engine_module
 
 
 def test_contestants_take_turns():
@@ -96,9 +102,163 @@ def test_the_bench_runs_and_fills_its_page(tmp_path):
 
 def test_the_page_has_the_places_of_the_bench():
     page = (report.Path(__file__).parent.parent / "docs" / "performance.md").read_text()
-    for section in (*report.MEASURES, "machine"):
+    for section in {job.section for job in report.JOBS} | {"machine"}:
         assert page.count(f"<!-- {section} -->") == 1
     assert {job.case.memory for job in report.JOBS} <= set(MEMORIES)
+
+
+def device_job(dtype, length):
+    return report.Job(
+        "device", Case("small", "128/8/16", threads=1, rounds=2, dtype=dtype), ([length], 2)
+    )
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Contestants of one layer each, since tracing takes its time, in no process of their own."""
+    one_layer = dataclasses.replace(speed.BACKBONES["small"], num_hidden_layers=1)
+    monkeypatch.setitem(speed.BACKBONES, "small", one_layer)
+    monkeypatch.setattr(speed, "in_its_own_process", lambda run, case, *more: run(case, *more))
+    limit = torch._dynamo.config.cache_size_limit
+    yield
+    torch._dynamo.config.cache_size_limit = limit
+    torch._dynamo.reset()
+
+
+def test_the_engine_runs_beside_pytorch_without_a_gpu(
+    in_this_process, tmp_path, monkeypatch, capsys
+):
+    """All contestants, over a closed chunk; then a dtype that the engine may refuse."""
+    monkeypatch.setattr(
+        report, "DEVICE_QUICK", (device_job("float32", 130), device_job("bfloat16", 8))
+    )
+    main(["bench", "--device", "cpu", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "cpu" / "bench.json").read_text())["results"]
+    single, half = results[0]["result"]["130"], results[1]["result"]["8"]
+    names = set(devices.CONTESTANTS)
+    assert single["refused"] == single["memory"] == half["memory"] == {}
+    for kind in ("reading", "decoding"):
+        assert set(single[kind]) == names
+        assert all(len(turns) == 2 and min(turns) > 0 for turns in single[kind].values())
+        assert set(half[kind]) == names - set(half["refused"])
+    assert set(half["refused"]) <= {"engine"}
+
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| small")]
+    assert len(rows) == 4, "a row for each dtype, read and decoded"
+    assert {row.count("|") for row in rows} == {9}
+    assert all(why in printed for why in half["refused"].values())
+    assert not any(word in printed for word in ("Memory", "GPU", "CUDA", "driver"))
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- machine -->\nold\n<!-- end -->\n<!-- device -->\nold\n<!-- end -->\n")
+    report.fill(page, results)
+    assert "old" not in page.read_text()
+    assert report.tables(results)["device"] in page.read_text()
+
+
+def test_contestants_that_disagree_are_not_timed(in_this_process, monkeypatch):
+    predict = engine_module.predict
+    monkeypatch.setattr(engine_module, "predict", lambda *args: predict(*args) + 1e-4)
+    job = device_job("float32", 8)
+    with pytest.raises(AssertionError, match="logits of engine and PyTorch are 0.0001 apart"):
+        devices.measure_device(job.case, *job.more)
+
+
+def test_one_that_fails_costs_the_others_nothing(in_this_process, monkeypatch):
+    def generate(*args):
+        raise MemoryError("no memory\nfor this")
+
+    monkeypatch.setattr(CoMeTEngine, "generate", generate)
+    job = device_job("float32", 8)
+    found = devices.measure_device(job.case, *job.more)[8]
+    assert found["refused"] == {"engine": "MemoryError: no memory"}
+    assert set(found["reading"]) == set(found["decoding"]) == set(devices.CONTESTANTS[1:])
+
+
+class MemoryHook:
+    """CuPy's, as far as the bench uses it."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """What the bench asks PyTorch and CuPy of a GPU."""
+    cuda = SimpleNamespace(
+        MemoryHook=MemoryHook,
+        is_available=lambda: False,
+        runtime=SimpleNamespace(runtimeGetVersion=lambda: 12090),
+    )
+    monkeypatch.setitem(
+        sys.modules, "cupy", SimpleNamespace(__version__="14.2.0", __spec__=None, cuda=cuda)
+    )
+    for name, answer in {
+        "is_available": True,
+        "get_device_name": "A GPU",
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 100,
+        "max_memory_allocated": 103,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    return cuda
+
+
+def test_the_peak_is_what_both_libraries_hold_at_most(fake_gpu, monkeypatch):
+    hooks = []
+    monkeypatch.setattr(MemoryHook, "__enter__", lambda self: hooks.append(self) or self)
+
+    def run():
+        for size in (5, 7, -5, 1, -8):
+            change = hooks[0].malloc_postprocess if size > 0 else hooks[0].free_postprocess
+            change(device_id=0, mem_size=abs(size), mem_ptr=1, pmem_id=1)
+        return "out"
+
+    assert devices._with_peak(run, "cuda") == ("out", 3 + 12)
+    assert devices._with_peak(lambda: "out", "cpu") == ("out", None)
+
+
+def test_the_gpu_is_told_with_its_versions(fake_gpu, monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert devices.gpu().startswith("A GPU, driver unknown, CuPy 14.2.0 with CUDA 12.9, torch with")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("gpu", "needs an NVIDIA GPU, and PyTorch .* finds none; check the driver"),
+        ("cupy", "needs CuPy, which is not usable .*; install the one for your CUDA"),
+        ("cupy's gpu", "CuPy 14.2.0 finds no GPU, though PyTorch does; install"),
+    ],
+)
+def test_without_a_gpu_the_command_says_what_to_do(lacks, says, fake_gpu, monkeypatch, capsys):
+    if lacks == "gpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    elif lacks == "cupy":
+        monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--device", "cuda", "--quick"])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert re.search(says, err), err
+
+
+def test_a_run_on_a_cpu_fills_no_page(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- device -->\nold\n<!-- end -->\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--device", "cpu", "--page", str(page)])
+    assert stop.value.code == 2
+    assert "--page needs --device cuda" in capsys.readouterr().err
+    assert "old" in page.read_text()
 
 
 def test_memory_is_kept_by_who_asks_for_it():

@@ -1,11 +1,13 @@
-"""The bench: every measurement of `speed`, as JSON, and as the tables and pictures of a page."""
+"""The bench: every measurement of `speed` and `devices`, as JSON, and as the tables and pictures of
+a page.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,23 @@ import numpy as np
 
 from ..files import atomic_write
 from ..machine import machine
-from . import speed
+from . import devices, speed
 from .speed import Case, Timed
 
-__all__ = ["JOBS", "QUICK", "Job", "draw", "fill", "fit", "footer", "run", "tables"]
+__all__ = [
+    "DEVICE_JOBS",
+    "DEVICE_QUICK",
+    "JOBS",
+    "QUICK",
+    "Job",
+    "choose",
+    "draw",
+    "fill",
+    "fit",
+    "footer",
+    "run",
+    "tables",
+]
 
 
 @dataclass(frozen=True)
@@ -24,13 +39,13 @@ class Job:
     """One measurement, in a process of its own."""
 
     section: str
-    """Part of the page: "prefill", "length", "decoding", "training" or "memory"."""
+    """Part of the page: "prefill", "length", "decoding", "training", "memory" or "device"."""
 
     case: Case
     """What is measured."""
 
     more: tuple[Any, ...]
-    """Further arguments of the section's function in `speed`."""
+    """Further arguments of the section's function in `MEASURES`."""
 
 
 MEASURES: dict[str, Callable[..., Any]] = {
@@ -39,6 +54,7 @@ MEASURES: dict[str, Callable[..., Any]] = {
     "decoding": speed.measure_decoding,
     "training": speed.measure_training,
     "memory": speed.measure_memory,
+    "device": devices.measure_device,
 }
 
 JOBS = (
@@ -80,6 +96,37 @@ QUICK = (
 )
 """A few of its rows, in minutes."""
 
+DEVICE_JOBS = tuple(
+    Job("device", Case(backbone, memory, dtype=dtype), ([4096, 16384, 65536], 64))
+    for backbone, memory in (
+        ("small", "128/8/16"),
+        ("135M", "512/64/256"),
+        ("135M", "2048/512/2048"),
+    )
+    for dtype in devices.DTYPES
+)
+"""The engine beside PyTorch."""
+
+DEVICE_QUICK = tuple(
+    Job("device", Case("small", "128/8/16", dtype=dtype, rounds=3), ([512], 16))
+    for dtype in devices.DTYPES
+)
+"""A row for each dtype, which a CPU can do too."""
+
+
+def choose(device: str | None, quick: bool) -> list[Job]:
+    """The jobs of a run.
+
+    Args:
+        device: "cuda" or "cpu" puts the engine beside PyTorch there; None is PyTorch alone, on a
+            CPU.
+        quick: a few rows; of the engine on a CPU there are no others.
+    """
+    if device is None:
+        return list(QUICK if quick else JOBS)
+    jobs = DEVICE_QUICK if quick or device == "cpu" else DEVICE_JOBS
+    return [replace(job, case=replace(job.case, device=device)) for job in jobs]
+
 
 def run(folder: Path, jobs: Sequence[Job] = JOBS) -> list[dict[str, Any]]:
     """Measure, one job after another.
@@ -97,14 +144,15 @@ def run(folder: Path, jobs: Sequence[Job] = JOBS) -> list[dict[str, Any]]:
     for job in tqdm(jobs, unit="job"):
         result = speed.in_its_own_process(MEASURES[job.section], job.case, *job.more)
         results.append(asdict(job) | {"result": result})
-        data = {"machine": footer(), "results": results}
+        data = {"machine": footer(job.case.device), "results": results}
         atomic_write(folder / "bench.json", json.dumps(data, indent=1) + "\n")
     return json.loads(json.dumps(results))  # as a reader of the file sees them
 
 
-def footer() -> str:
-    """Machine, threads and versions."""
-    return machine(f"{Case('small', '128/8/16').threads} threads")
+def footer(device: str | None = None) -> str:
+    """Machine, threads and versions; where the device is "cuda", the GPU's too."""
+    threads = f"{Case('small', '128/8/16').threads} threads"
+    return machine(f"{threads}, {devices.gpu()}" if device == "cuda" else threads)
 
 
 def fit(lengths: Sequence[float], seconds: Sequence[float], powers: Sequence[int]) -> list[float]:
@@ -235,12 +283,62 @@ def _memory(results: Sequence[dict[str, Any]]) -> str:
     return _table(head, rows)
 
 
+def _device(results: Sequence[dict[str, Any]]) -> str:
+    """A table for each quantity, and why cells are empty."""
+    parts: list[str] = []
+    reasons: dict[str, None] = {}  # each once, in order
+    for kind, (title, show) in QUANTITIES.items():
+        rows, is_there = [], False
+        for r in results:
+            for n, found in r["result"].items():
+                tokens = int(n) * r["case"]["batch_size"]
+                cells = [
+                    show(found[kind], name, tokens) if name in found[kind] else ""
+                    for name in devices.CONTESTANTS
+                ]
+                rows.append(f"{_name(r)} | {r['case']['dtype']} | {int(n):,} | {' | '.join(cells)}")
+                is_there |= any(cells)
+                for name, why in found["refused"].items():
+                    reasons[f"- {name}, {r['case']['dtype']}: {why}"] = None
+        if is_there:
+            head = f"model | chunk/m/B | dtype | tokens | {' | '.join(devices.CONTESTANTS)}"
+            parts.append(f"### {title}\n\n{_table(head, rows)}")
+    if reasons:
+        parts.append("\n".join(["Cells are empty where a contestant did not run:", "", *reasons]))
+    return "\n\n".join(parts)
+
+
+def _ratio(timed: Timed, name: str) -> str:
+    """How many times as fast as PyTorch, in brackets."""
+    if "PyTorch" not in timed.seconds:
+        return ""
+    return f" ({timed.median('PyTorch') / timed.median(name):.2f})"
+
+
+def _read_cell(seconds: dict[str, list[float]], name: str, tokens: int) -> str:
+    timed = Timed(seconds)
+    return _speed(tokens, timed, name) + _ratio(timed, name)
+
+
+def _decoded_cell(seconds: dict[str, list[float]], name: str, tokens: int) -> str:
+    timed = Timed(seconds)
+    return f"{1e3 * timed.median(name):.2f}" + _ratio(timed, name)
+
+
+QUANTITIES: dict[str, tuple[str, Callable[..., str]]] = {
+    "reading": ("Reading, tokens/s", _read_cell),
+    "decoding": ("Decoding, ms a token", _decoded_cell),
+    "memory": ("Memory at most, MB", lambda peak, name, tokens: f"{peak[name] / 1e6:,.1f}"),
+}
+
+
 TABLES = {
     "prefill": _prefill,
     "length": _lengths,
     "decoding": _decoding,
     "training": _training,
     "memory": _memory,
+    "device": _device,
 }
 
 
@@ -279,7 +377,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def fill(page: Path, results: Sequence[dict[str, Any]]) -> None:
     """Put the tables into a page, between `<!-- SECTION -->` and `<!-- end -->`, in place of what
-    is there, and the picture beside it, as `images/lengths.svg`.
+    is there, and the picture of lengths, where they were measured, beside it, as
+    `images/lengths.svg`.
 
     Args:
         page: a Markdown file.
@@ -289,11 +388,13 @@ def fill(page: Path, results: Sequence[dict[str, Any]]) -> None:
         ValueError: the page has no such place.
     """
     text = page.read_text(encoding="utf-8")
-    for name, part in {**tables(results), "machine": footer()}.items():
+    below = footer(results[0]["case"]["device"])
+    for name, part in {**tables(results), "machine": below}.items():
         place = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
         if len(place.findall(text)) != 1:
             raise ValueError(f"{page} needs <!-- {name} --> and then <!-- end -->, once.")
         filled = f"<!-- {name} -->\n{part}\n<!-- end -->"
         text = place.sub(filled.replace("\\", r"\\"), text)
-    draw(results, page.parent / "images" / "lengths.svg")
+    if _of(results, "length"):
+        draw(results, page.parent / "images" / "lengths.svg")
     atomic_write(page, text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,6 +86,12 @@ class Case:
     rounds: int = 5
     """How often each contestant is timed."""
 
+    device: str = "cpu"
+    """ "cpu" or "cuda"; anything but the section "device" is measured on a CPU."""
+
+    dtype: str = "float32"
+    """Of the weights, likewise."""
+
     @property
     def config(self) -> CoMeTConfig:
         """The model."""
@@ -158,6 +165,8 @@ def in_its_own_process(function: Callable[..., object], case: Case, *more: objec
 def _set_up(case: Case) -> None:
     """In the new process, before anything is computed."""
     torch.set_num_threads(case.threads)
+    torch.set_float32_matmul_precision("highest")  # on a GPU: no TF32, nor in CuPy
+    os.environ["CUPY_TF32"] = "0"
     if case.kept:
         keep_memory()
 
