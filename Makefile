@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test bench lint thorough clean
+.PHONY: help demo test bench bench-gpu lint thorough clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## find pass keys hidden anywhere in up to a million bytes
 	$(BIN)/python -m fast demo
@@ -17,6 +17,9 @@ test: $(READY) ## the whole suite, on all cores
 
 bench: $(READY) ## fill docs/performance.md anew; QUICK=1: a few rows, in minutes, the page stays
 	$(BIN)/python -m fast bench $(if $(QUICK),--quick,--page docs/performance.md)
+
+bench-gpu: $(READY) ## fill docs/gpu-performance.md, on a GPU; QUICK=1: a few rows, the page stays
+	$(BIN)/python -m fast bench --device cuda $(if $(QUICK),--quick,--page docs/gpu-performance.md)
 
 thorough: $(READY) ## the suite with 3,000 examples a property
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest parity/ -n auto -q

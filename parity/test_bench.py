@@ -100,11 +100,17 @@ def test_the_bench_runs_and_fills_its_page(tmp_path):
         report.fill(page, results)
 
 
-def test_the_page_has_the_places_of_the_bench():
-    page = (report.Path(__file__).parent.parent / "docs" / "performance.md").read_text()
-    for section in {job.section for job in report.JOBS} | {"machine"}:
-        assert page.count(f"<!-- {section} -->") == 1
-    assert {job.case.memory for job in report.JOBS} <= set(MEMORIES)
+@pytest.mark.parametrize(
+    ("name", "jobs"),
+    [("performance.md", report.JOBS), ("gpu-performance.md", report.DEVICE_JOBS)],
+)
+def test_a_page_has_the_places_of_its_bench(name, jobs):
+    page = (report.Path(__file__).parent.parent / "docs" / name).read_text()
+    sections = {job.section for job in jobs}
+    for section in report.MEASURES:
+        assert page.count(f"<!-- {section} -->") == (section in sections)
+    assert page.count("<!-- machine -->") == 1
+    assert {job.case.memory for job in jobs} <= set(MEMORIES)
 
 
 def device_job(dtype, length):
