@@ -21,8 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: words of the command line; None is the process's own.
 
     Raises:
-        SystemExit: with status 2, the command line is wrong, or a package or the GPU that the
-            command needs is not there.
+        SystemExit: with status 2 and one sentence, the command line is wrong, a file does not fit,
+            or something that the command needs is not there.
     """
     parser = _parser()
     args = parser.parse_args(arguments)
@@ -33,12 +33,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"This command needs {' and '.join(missing)}; run "
             'pip install "comet-memory[commands]" first.\n',
         )
-    if args.command == "bench" and args.device is not None:
-        if args.device == "cpu" and args.page is not None:
-            parser.error("--page needs --device cuda: that page is of GPUs alone")
-        if lacking := bench_devices.lacking(args.device):
-            parser.exit(2, f"{lacking}\n")
-    args.run(args)
+    if args.command == "bench" and args.device == "cpu" and args.page is not None:
+        parser.error("--page needs --device cuda: that page is of GPUs alone")
+    try:
+        args.run(args)
+    except (ImportError, MemoryError, OSError, ValueError) as error:
+        parser.exit(2, f"{error}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,6 +128,8 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.device is not None:
+        bench_devices.check_device(args.device)
     folder = args.out.joinpath(args.device or "", "quick" if args.quick else "")
     timed = bench_report.run(folder, bench_report.choose(args.device, args.quick))
     for section in bench_report.tables(timed).values():

@@ -197,8 +197,7 @@ def fake_gpu(monkeypatch):
     """What the bench asks PyTorch and CuPy of a GPU."""
     cuda = SimpleNamespace(
         MemoryHook=MemoryHook,
-        is_available=lambda: False,
-        runtime=SimpleNamespace(runtimeGetVersion=lambda: 12090),
+        runtime=SimpleNamespace(runtimeGetVersion=lambda: 12090, driverGetVersion=lambda: 0),
     )
     monkeypatch.setitem(
         sys.modules, "cupy", SimpleNamespace(__version__="14.2.0", __spec__=None, cuda=cuda)
@@ -240,8 +239,8 @@ def test_the_gpu_is_told_with_its_versions(fake_gpu, monkeypatch):
     ("lacks", "says"),
     [
         ("gpu", "needs an NVIDIA GPU, and PyTorch .* finds none; check the driver"),
-        ("cupy", "needs CuPy, which is not usable .*; install the one for your CUDA"),
-        ("cupy's gpu", "CuPy 14.2.0 finds no GPU, though PyTorch does; install"),
+        ("cupy", "CuPy is not installed .*; install the one for your CUDA"),
+        ("driver", "CuPy 14.2.0 finds no NVIDIA driver"),
     ],
 )
 def test_without_a_gpu_the_command_says_what_to_do(lacks, says, fake_gpu, monkeypatch, capsys):

@@ -24,10 +24,11 @@ from reference.config import CoMeTConfig
 from .. import stream
 from ..arrays import to_host
 from ..cupy_engine import CoMeTEngine
+from ..cupy_engine.libraries import check_cupy
 from ..model import CoMeTModel
 from .speed import Case, take_turns
 
-__all__ = ["CONTESTANTS", "DTYPES", "gpu", "lacking", "measure_device"]
+__all__ = ["CONTESTANTS", "DTYPES", "check_device", "gpu", "measure_device"]
 
 CONTESTANTS = ("engine", "PyTorch", "compiled", "full attention")
 """All but the last compute the same."""
@@ -223,33 +224,20 @@ def _with_peak(run: Callable[[], Any], on: str) -> tuple[Any, int | None]:
     return out, torch.cuda.max_memory_allocated() - before + count.peak
 
 
-def lacking(on: str) -> str | None:
-    """What a run on a device lacks, and what to do, in a sentence; None where nothing is missing.
+def check_device(on: str) -> None:
+    """Raise an ImportError that says what to do unless PyTorch and CuPy both compute there.
 
     Args:
         on: "cuda" or "cpu".
     """
     if on != "cuda":
-        return None
+        return
     if not torch.cuda.is_available():
-        return (
+        raise ImportError(
             f"This command needs an NVIDIA GPU, and PyTorch {torch.__version__} finds none; check "
             "the driver with nvidia-smi and that PyTorch is built for its CUDA."
         )
-    try:
-        import cupy
-    except ImportError as error:
-        return (
-            f"This command needs CuPy, which is not usable ({error}); install the one for your "
-            'CUDA, e.g. pip install "comet-memory[cupy]" for CUDA 12 or "comet-memory[cupy13]" for '
-            "CUDA 13."
-        )
-    if not cupy.cuda.is_available():
-        return (
-            f"CuPy {cupy.__version__} finds no GPU, though PyTorch does; install the one for your "
-            "CUDA."
-        )
-    return None
+    check_cupy()
 
 
 def gpu() -> str:
