@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fast import BackboneConfig, CoMeTConfig, MemoryConfig
+from fast.cupy_engine.libraries import check_cupy
 
 from .assertions import NOTES
 
@@ -46,6 +47,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden",
         help="folder of recorded cases, with a manifest.json (default: parity/golden)",
     )
+    parser.addoption(
+        "--engine",
+        choices=["numpy", "cupy"],
+        default="numpy",
+        help="cupy: run the laws of the engine and its kernels, and no others, on a GPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("engine") == "cupy":
+        try:
+            check_cupy()
+        except ImportError as error:
+            raise pytest.UsageError(f"--engine cupy: {error}") from None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("engine") == "cupy":
+        left_out = [item for item in items if not item.get_closest_marker("engine")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def counted(test):

@@ -78,6 +78,28 @@ def emulated(source: str | None = None) -> Iterator[None]:
         kernels.run = run
 
 
+@contextmanager
+def on_gpu() -> Iterator[None]:
+    """Kernels run on a GPU, by CuPy, on copies of NumPy's arrays."""
+    import cupy
+
+    launch = kernels.run
+
+    def run(name: str, grid: tuple, block: tuple, args: tuple, shared_mem: int = 0) -> None:
+        there = tuple(cupy.asarray(x) if isinstance(x, np.ndarray) else x for x in args)
+        launch(name, grid, block, there, shared_mem)
+        parameters = kernels.parameters()[name.partition("<")[0]]
+        for parameter, x, copy in zip(parameters, args, there, strict=True):
+            if parameter.is_output:
+                x[...] = cupy.asnumpy(copy)
+
+    kernels.run = run
+    try:
+        yield
+    finally:
+        kernels.run = launch
+
+
 def tensor(x: np.ndarray) -> torch.Tensor:
     """An array as a tensor; NumPy itself has no bfloat16."""
     if x.dtype == ml_dtypes.bfloat16:

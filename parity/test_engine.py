@@ -6,6 +6,7 @@ leaves nothing on the host. CuPy follows the same standard.
 """
 
 import dataclasses
+import importlib
 import inspect
 import sys
 from contextlib import ExitStack, contextmanager
@@ -101,10 +102,19 @@ NUMPY = Home("numpy", numpy_namespace, None)
 STRICT = Home("strict", array_api_strict, array_api_strict.Device("device1"))
 NO_FLOAT64 = Home("no float64", array_api_strict, array_api_strict.Device("no_float64"))
 KERNELS = Home("kernels", numpy_namespace, None, emulates=True)
-homes = pytest.mark.parametrize("home", [NUMPY, STRICT], ids=lambda home: home.name)
+homes = pytest.mark.engine(NUMPY, STRICT)
 TEXT = torch.tensor([[1, 2, 3]])
 fewer = settings(max_examples=max(1, settings.default.max_examples // 2))
 """The laws have been tried on PyTorch too; here each is tried on two homes."""
+
+
+def pytest_generate_tests(metafunc):
+    """A test marked `engine` runs at home, or with --engine cupy on CuPy."""
+    if "home" in metafunc.fixturenames:
+        at = metafunc.definition.get_closest_marker("engine").args
+        if metafunc.config.getoption("engine") == "cupy":
+            at = [Home("cupy", importlib.import_module("array_api_compat.cupy"), 0)]
+        metafunc.parametrize("home", at, ids=lambda home: home.name)
 
 
 def normal(rng, *shape):
@@ -363,7 +373,7 @@ def test_states_go_from_one_path_to_the_other(home, folder, case):
     assert_state_equal(CoMeTState.load(path, model), of_engine.to(model), "read or converted")
 
 
-@pytest.mark.parametrize("home", [NUMPY, NO_FLOAT64, KERNELS], ids=lambda home: home.name)
+@pytest.mark.engine(NUMPY, NO_FLOAT64, KERNELS)
 @fewer
 @given(case=cases(), data=st.data())
 def test_float32_is_as_exact_as_the_reference_in_float32(home, case, data):
@@ -435,7 +445,7 @@ def test_an_engine_shares_the_weights_of_its_model(case):
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-@pytest.mark.parametrize("home", [NUMPY, KERNELS], ids=lambda home: home.name)
+@pytest.mark.engine(NUMPY, KERNELS)
 @fewer
 @given(case=cases())
 def test_half_types_err_as_a_rounding_of_the_weights_does(home, dtype, case):

@@ -6,6 +6,7 @@ g++ compiles the very sources that a GPU would run; see `emulation/emulation.h`.
 
 import sys
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from .kernel_cases import (
     hold,
     hold_in_both_orders,
     norms,
+    on_gpu,
     rotations,
     silu_products,
     updates,
@@ -33,41 +35,52 @@ from .strategies import seeds
 ROWS = np.ones((3, 8), np.float32)
 
 
-on_gpu = kernels.run
+launch = kernels.run
 """What the emulation stands in for."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulation():
-    with emulated():
+def home(request):
+    """Kernels run on the CPU, or with --engine cupy on a GPU."""
+    with on_gpu() if request.config.getoption("engine") == "cupy" else emulated():
         yield
 
 
+engine = pytest.mark.engine
+"""Laws that a GPU keeps too."""
+
+
+@engine
 @given(norms())
 def test_rms_norm(case):
     hold(case)
 
 
+@engine
 @given(rotations())
 def test_rotate(case):
     hold(case)
 
 
+@engine
 @given(silu_products())
 def test_silu_product(case):
     hold(case)
 
 
+@engine
 @given(attentions())
 def test_attention(case):
     hold(case)
 
 
+@engine
 @given(updates("scalar"))
 def test_update_global_and_what_is_read_of_it(case):
     hold(case)
 
 
+@engine
 @given(updates("vector"))
 def test_update_global_with_a_vector_gate(case):
     hold(case)
@@ -114,11 +127,19 @@ def test_run_hands_cupy_the_sources_once_and_every_launch_as_it_is(monkeypatch):
     kernels._module.cache_clear()
     args = (ROWS, ROWS[0], ROWS, np.int32(8), np.float32(0))
     for _ in range(2):
-        on_gpu("rms_norm<float>", (3,), (32,), args, 4)
+        launch("rms_norm<float>", (3,), (32,), args, 4)
     kernels._module.cache_clear()
     options = {"code": kernels.source(), "name_expressions": kernels.NAMES}
     assert made == [options | {"options": ("-std=c++17",)}]
     assert launched == [("rms_norm<float>", ((3,), (32,), args), {"shared_mem": 4})] * 2
+
+
+@given(st.one_of(norms(), updates("scalar")))
+def test_on_a_gpu_a_kernel_takes_copies_and_its_outputs_come_back(case):
+    """CuPy here is a library that copies, and the GPU is the emulation."""
+    copies = SimpleNamespace(asarray=np.array, asnumpy=np.asarray)
+    with patch.dict(sys.modules, cupy=copies), on_gpu():
+        hold(case)
 
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -182,6 +203,7 @@ def test_what_the_kernels_cannot_take_is_refused():
         kernels.update_global(None, wide[0], {"adapter_down": np.ones((65, 130))}, config)
 
 
+@engine
 @given(seeds)
 def test_no_state_is_a_first_chunk_and_no_flags_are_ones(seed):
     numbers, config = Numbers(seed, "float32"), MemoryConfig()
@@ -200,6 +222,7 @@ def test_no_state_is_a_first_chunk_and_no_flags_are_ones(seed):
             assert np.array_equal(found, expected)
 
 
+@engine
 @pytest.mark.parametrize("dtype", kernels.TYPES)
 def test_nothing_gives_nothing(dtype):
     """No slots, no sequences: there is no empty launch."""
