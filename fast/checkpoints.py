@@ -1,11 +1,12 @@
 """Weights and states as files: safetensors and JSON, in and out.
 
-Nothing is ever unpickled and no code is run. Every file is written whole or not at all. Arrays are
-read as PyTorch's ("pt") or as NumPy's ("np"), bfloat16 among them through ml_dtypes.
+Nothing is ever unpickled and no code is run. Every file is written whole or not at all, with a
+digest of its arrays that is held against them when it is read. Arrays are read as PyTorch's ("pt") or as NumPy's ("np"), bfloat16 among them through ml_dtypes.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -19,22 +20,26 @@ from reference.config import CoMeTConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
 from .arrays import Array, all_finite, dtype_name, is_floating, to_host
-from .files import atomic_save, atomic_write
+from .files import HEADER, atomic_save, atomic_write, check_regular, digest
 
 __all__ = [
     "CONFIG",
     "MODEL",
+    "check_layers",
     "check_weights",
     "load_arrays",
     "load_checkpoint",
     "named_tensors",
     "read_file",
+    "read_header",
     "read_json",
     "read_state",
     "read_tensors",
+    "read_training",
     "save_checkpoint",
     "take_tensor",
     "write_state",
+    "write_training",
 ]
 
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -44,11 +49,24 @@ CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.in
 def save_checkpoint(folder: Path, config: CoMeTConfig, weights: Any) -> None:
     """Write config.json and model.safetensors under our names.
 
+    The weights' file holds the config too, so that one model's weights are never read with
+    another's config.
+
     Args:
         folder: made where it does not exist; files in it are replaced.
         weights: nested dict or `ParameterTree` of tensors.
+
+    Raises:
+        ValueError: a weight holds NaN or infinity; nothing is written.
     """
-    atomic_save(folder / MODEL, named_tensors(config, weights), {"format": "pt"})
+    tensors = named_tensors(config, weights)
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{name} holds NaN or infinity, so nothing was written; go back to a checkpoint "
+                "from before the training diverged."
+            )
+    atomic_save(folder / MODEL, tensors, {"config": config.to_dict()})
     atomic_write(folder / CONFIG, config.to_json())
 
 
@@ -66,7 +84,10 @@ def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, d
         FileNotFoundError: a file is missing.
         ValueError: a file is cut short, foreign, or does not fit the config.
     """
-    data = read_json(folder / CONFIG)
+    has_config = (folder / CONFIG).exists() or not (folder / MODEL).exists()
+    data = read_json(folder / CONFIG) if has_config else read_header(folder / MODEL).get("config")
+    if data is None:
+        raise FileNotFoundError(f"{folder / CONFIG} is missing; expected a checkpoint's config.")
     if "temp_beacon_id" in data:
         # Imported here and not above: that package is made with the readers of this module.
         from .pretrained import load_published
@@ -80,6 +101,9 @@ def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, d
         )
     config = CoMeTConfig.from_dict(data)
     tensors = read_tensors(folder, framework)
+    check_layers(config, tensors, folder)
+    if (folder / MODEL).exists():
+        _check_same(read_header(folder / MODEL).get("config"), config, folder)
     unknown = sorted(set(tensors) - set(named_parameters(shapes(config))))
     if unknown:
         raise ValueError(
@@ -90,6 +114,36 @@ def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, d
     )
     check_weights(weights, config)
     return config, weights
+
+
+def check_layers(config: CoMeTConfig, tensors: Collection[str], folder: Path) -> None:
+    """Raise ValueError where a config has more layers than there are tensors, before any list of
+    that length is made.
+    """
+    layers = config.backbone.num_hidden_layers
+    if layers > len(tensors):
+        raise ValueError(
+            f"{folder / CONFIG} says {layers} layers, but there are {len(tensors)} tensors; the "
+            "config is damaged or of another model."
+        )
+
+
+def _check_same(data: Any, config: CoMeTConfig, folder: Path) -> None:
+    """Raise ValueError unless the config in the weights' file, if any, is that of config.json."""
+    if data is None or CoMeTConfig.from_dict(data) == config:
+        return
+    parts = config.to_dict()
+    differing = [
+        f"{part}.{name}"
+        for part, fields in parts.items()
+        for name, value in fields.items()
+        if data[part].get(name) != value
+    ]
+    raise ValueError(
+        f"{folder / CONFIG} differs from the config that {MODEL} was saved with in "
+        f"{', '.join(differing)}; a save was cut between the two, or the file was edited. Without "
+        f"{CONFIG} the weights' own config is taken; to change it, load and give it to CoMeTModel."
+    )
 
 
 def load_arrays(folder: Path) -> tuple[CoMeTConfig, dict[str, Any]]:
@@ -176,17 +230,48 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not JSON, or not an object.
     """
+    check_regular(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
         raise ValueError(f"{path} is not JSON ({error}); it may be cut short.") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}; expected a JSON object.")
     return data
 
 
-def read_file(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Array]]:
-    """Metadata and arrays of a safetensors file, on the CPU.
+def read_header(path: Path) -> dict[str, Any]:
+    """What `atomic_save` told of a file's arrays, and its other metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not readable.
+    """
+    check_regular(path)
+    try:
+        with safe_open(str(path), framework="np") as file:
+            return _parse(file.metadata() or {}, path)
+    except SafetensorError as error:
+        raise _unreadable(path, error) from error
+
+
+def _parse(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """Metadata with our own among it."""
+    try:
+        own = json.loads(metadata.get(HEADER, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the header of {path} is not JSON ({error}); it is damaged.") from error
+    if not isinstance(own, dict):
+        raise ValueError(f"the header of {path} holds a {type(own).__name__}; it is damaged.")
+    return {name: value for name, value in metadata.items() if name != HEADER} | own
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a readable safetensors file ({error}); it may be cut short.")
+
+
+def read_file(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What is told of a safetensors file's arrays, and the arrays, on the CPU.
 
     Args:
         path: file to read.
@@ -194,16 +279,20 @@ def read_file(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Arr
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not readable.
+        ValueError: it is not readable, or its arrays do not have the digest in its header. Files
+            of others have none, and are read as they are.
     """
+    header = read_header(path)
     try:
         with safe_open(str(path), framework=framework) as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
     except SafetensorError as error:
+        raise _unreadable(path, error) from error
+    if "digest" in header and header["digest"] != digest(arrays):
         raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); it may be cut short."
-        ) from error
+            f"{path} is damaged: its arrays do not have the digest that they were written with; "
+            "take a copy of it, or write it again."
+        )
     return header, arrays
 
 
@@ -227,10 +316,42 @@ def read_tensors(folder: Path, framework: str = "pt") -> dict[str, Array]:
             raise ValueError(f"{folder / INDEX} names {outside}; expected files of that folder.")
     tensors: dict[str, Array] = {}
     for name in sorted(set(files)):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is missing; expected a checkpoint's weights.")
         tensors |= read_file(folder / name, framework)[1]
     return tensors
+
+
+def write_training(path: Path, value: object) -> None:
+    """Write a run's checkpoint, tensors and plain values, whole or not at all."""
+    import torch  # here, since other arrays need no PyTorch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    data = np.frombuffer(buffer.getbuffer(), np.uint8)
+    atomic_save(path, {"data": data}, {"kind": "training"})
+
+
+def read_training(path: Path) -> Any:
+    """What `write_training` wrote. Nothing is unpickled but tensors and plain values, and that only
+    once the digest has been held against it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is cut short, damaged or foreign.
+    """
+    import torch
+
+    check_regular(path)
+    with path.open("rb") as file:
+        is_first = file.read(2) == b"PK"  # of version 0.1.0, which wrote no digest
+    data = path.read_bytes() if is_first else read_file(path, "np")[1].get("data", np.zeros(0))
+    try:
+        return torch.load(io.BytesIO(data), weights_only=True)
+    except Exception as error:  # what is damaged raises anything
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({error}); give another folder."
+        ) from error
 
 
 Layers = tuple[Array, ...]
@@ -257,8 +378,13 @@ def write_state(
         whole = {name: t.detach().clone() for name, t in (whole | named).items()}
     else:
         whole |= {name: to_host(x) for name, x in named.items()}
-    header = {"format": "comet-state", "version": "1", "model": model}
-    atomic_save(path, whole, header)
+    for name, x in named.items():
+        if not all_finite(x):
+            raise ValueError(
+                f"the state's {name} holds NaN or infinity, so nothing was written; the stream has "
+                "left its dtype's range, so read again from an earlier state in a wider one."
+            )
+    atomic_save(path, whole, {"kind": "state", "version": 2, "model": model})
 
 
 def read_state(
@@ -280,7 +406,8 @@ def read_state(
         ValueError: not a state, or cut short.
     """
     header, found = read_file(path, framework)
-    if header.get("format") != "comet-state" or header.get("version") != "1":
+    is_first = header.get("format") == "comet-state" and header.get("version") == "1"
+    if not is_first and (header.get("kind"), header.get("version")) != ("state", 2):
         raise ValueError(
             f"{path} is not a CoMeT state (header {json.dumps(header)}); expected a file "
             "written by CoMeTState.save."
@@ -301,6 +428,8 @@ def read_state(
         grouped[name] = tuple(found.pop(f"{name}.{i}") for i in layers)
     if found:
         raise ValueError(f"{path} holds {sorted(found)}, which no state has.")
+    if not all(is_floating(t) for layers in grouped.values() for t in layers):
+        raise ValueError(f"{path} holds tensors that are not floating; it is not a state.")
     if not all(all_finite(t) for layers in grouped.values() for t in layers):
         raise ValueError(f"{path} holds NaN or infinity; the stream was lost before it was saved.")
     return header.get("model", ""), numbers, grouped

@@ -13,10 +13,11 @@ from typing import Any, Protocol, cast
 import numpy as np
 from array_api_compat import array_namespace, device, size
 
-from reference.config import CoMeTConfig
+from reference.config import CoMeTConfig, MemoryConfig
 
-from .arrays import Array, dtype_name, take_rows
+from .arrays import Array, all_finite, dtype_name, take_rows
 from .checkpoints import read_state, write_state
+from .rows import NEVER
 
 __all__ = ["CoMeTState"]
 
@@ -202,6 +203,9 @@ class CoMeTState:
 
         Args:
             path: file to write.
+
+        Raises:
+            ValueError: the state holds NaN or infinity; nothing is written.
         """
         counts = {name: getattr(self, name) for name in COUNTS}
         left_out = () if self.row_length.any() else ROW  # of no slots
@@ -228,7 +232,24 @@ class CoMeTState:
             tensors |= {part: tensors[part] or empty for part in ROW}
         state = cls(model=name, **cast(Any, counts), **cast(Any, tensors)).to(model)
         state.check(model.config, batch_size, model.place(np.zeros(0)))
+        if not all(all_finite(t) for part in TENSORS for t in getattr(state, part)):
+            raise ValueError(
+                f"{path} holds numbers beyond the model's dtype; load it onto a model in a wider "
+                "one, such as float32."
+            )
         return state
+
+    def _fits_row(self, memory: MemoryConfig) -> np.ndarray:
+        """[b] whether a row's length is that of the global memory, the queue as it was when the row
+        began, the text, and its full groups' compression tokens.
+        """
+        groups = np.maximum(self.open_tokens - 1, 0) // (memory.compression_stride or NEVER)
+        begun = self.row_length - self.open_tokens - groups  # memory slots
+        queue = begun - (self.chunks > 0) * memory.global_memory_size
+        most = memory.temporary_memory_size * memory.has_temporary
+        fits = (queue >= 0) & (queue <= most)
+        fits &= np.minimum(queue + groups, most) == self.queue_length
+        return fits | (self.open_tokens == 0)
 
     def check(
         self,
@@ -319,6 +340,9 @@ class CoMeTState:
             "tokens at least open_tokens + chunks": self.tokens >= self.open_tokens + self.chunks,
             "row_length at least open_tokens": self.row_length >= self.open_tokens,
             "a row where open_tokens": (self.row_length > 0) == (self.open_tokens > 0),
+            "closed chunks where text is closed": (self.chunks > 0)
+            == (self.tokens > self.open_tokens),
+            "row_length the slots of its memories and its text": self._fits_row(config.memory),
         }
         for rule, holds in rules.items():
             if not holds.all():

@@ -68,14 +68,14 @@ def new_state(
             for _ in range(backbone.num_hidden_layers)
         )
 
-    none = np.zeros(batch_size, dtype=np.int64)
+    tokens, chunks, open_tokens, row_length, queue_length = np.zeros((5, batch_size), np.int64)
     return CoMeTState(
         model=fingerprint(config),
-        tokens=none,
-        chunks=none,
-        open_tokens=none,
-        row_length=none,
-        queue_length=none,
+        tokens=tokens,
+        chunks=chunks,
+        open_tokens=open_tokens,
+        row_length=row_length,
+        queue_length=queue_length,
         global_state=zeros(memory.global_memory_size, d) if memory.has_global else (),
         temporary_memory=zeros(0, d) if memory.has_temporary else (),
         keys=zeros(heads, 0, e),

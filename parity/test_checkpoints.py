@@ -76,6 +76,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, make_config):
     refused(tmp_path, "neither a CoMeT config")
     config.write_text("[1]")
     refused(tmp_path, "holds a list")
+    weights.unlink()
+    config.write_text(text)
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        CoMeTModel.from_pretrained(tmp_path)
     config.unlink()
     with pytest.raises(FileNotFoundError):
         CoMeTModel.from_pretrained(tmp_path)

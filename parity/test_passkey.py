@@ -231,7 +231,7 @@ def test_a_run_s_folder_keeps_to_its_config_and_recipe(tmp_path):
         Trainer(other, Recipe(), tmp_path / "new", start=tmp_path / "model")
     path = tmp_path / "training.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"training.pt is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"training.pt is not a readable"):
         Trainer(config, Recipe(), tmp_path)
 
 

@@ -28,9 +28,14 @@ def _expect(words: str, fits: Callable[[Any], bool]) -> Check:
     return lambda value: None if fits(value) else words
 
 
+MOST = 2**31 - 1
+"""The largest size: more is a damaged file, and overflows what counts in 64 bits."""
+
+
 def _integer(least: int) -> Check:
     words = f"an integer of at least {least}"
-    return _expect(words, lambda v: _is_number(v, int) and v >= least)
+    whole = f"{words} and at most {MOST}"
+    return lambda v: words if not _is_number(v, int) or v < least else (whole if v > MOST else None)
 
 
 def _number(above: float, most: float = math.inf) -> Check:
@@ -57,7 +62,7 @@ def _rope_scaling(value: Any) -> str | None:
 _FLAG = _expect("True or False", lambda v: isinstance(v, bool))
 _EVEN = _expect(
     "an even number of at least 2, for rotary pairs",
-    lambda v: _is_number(v, int) and v >= 2 and v % 2 == 0,
+    lambda v: _is_number(v, int) and 2 <= v <= MOST and v % 2 == 0,
 )
 
 BACKBONE_CHECKS: dict[str, Check] = {

@@ -16,6 +16,7 @@ from ..arrays import Array
 from ..checkpoints import (
     CONFIG,
     MODEL,
+    check_layers,
     check_weights,
     named_tensors,
     read_json,
@@ -132,6 +133,7 @@ def load_published(
     data = read_json(folder / CONFIG)
     tensors = read_tensors(folder, framework)
     config = _read_config(data, tensors, folder)
+    check_layers(config, tensors, folder)
     _refuse_unknown(tensors, config, folder)
     ids = PublishedIds(
         data["temp_beacon_id"], tuple(data["global_beacon_ids"]), data["placeholder_id"]

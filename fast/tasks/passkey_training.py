@@ -12,7 +12,6 @@ over to texts that are longer by orders: what never changes does not age.
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig
 
-from ..files import atomic_torch_save
+from ..checkpoints import read_training, write_training
 from ..model import IGNORE, CoMeTModel
 from ..state import CoMeTState
 from . import passkey
@@ -98,12 +97,7 @@ class Trainer:
     def _load(self) -> None:
         if not self.checkpoint.exists():
             return
-        try:
-            saved = torch.load(self.checkpoint, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{self.checkpoint} is not a readable checkpoint ({error}); give another folder."
-            ) from error
+        saved = read_training(self.checkpoint)
         own = {"config": self.model.config.to_json(), "recipe": dataclasses.asdict(self.recipe)}
         for name, value in own.items():
             if saved[name] != value:
@@ -127,7 +121,7 @@ class Trainer:
             "accuracy": self.accuracy,
         }
         self.model.save_pretrained(self.folder / "model")
-        atomic_torch_save(self.checkpoint, run)  # last: a run that ended has left its model
+        write_training(self.checkpoint, run)  # last: a run that ended has left its model
 
     def run(self, save_every: int = 500) -> None:
         """Train to the recipe's end.

@@ -1,0 +1,299 @@
+"""Damaged, foreign and hostile files: what is wrong is told in a ValueError, and never read as if it
+were right.
+
+Bytes are changed at random, anywhere; a file that still loads must hold what it held.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fast import CoMeTConfig, CoMeTModel, CoMeTState
+from fast.checkpoints import read_training, write_training
+from fast.cupy_engine import CoMeTEngine
+
+from .assertions import assert_state_equal
+from .strategies import random_model, seeds
+
+CONFIG, MODEL = "config.json", "model.safetensors"
+
+
+@contextmanager
+def within(seconds):
+    """Fail what takes longer."""
+
+    def stop(*_):
+        pytest.fail(f"took more than {seconds} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model, a state of its, and a folder with both as files."""
+    folder = tmp_path_factory.mktemp("reliability")
+    config = small()
+    model = random_model(config, 0)
+    model.save_pretrained(folder)
+    state = model(torch.arange(14).reshape(2, 7) % 11, lengths=[7, 5], logits="none").state
+    state.save(folder / "state")
+    return model, state, folder
+
+
+def small(**memory):
+    return CoMeTConfig.from_dict(
+        {
+            "backbone": {
+                "vocab_size": 11,
+                "hidden_size": 6,
+                "intermediate_size": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 4,
+            },
+            "memory": {
+                "chunk_size": 4,
+                "global_memory_size": 2,
+                "temporary_memory_size": 3,
+                "compression_stride": 2,
+                **memory,
+            },
+        }
+    )
+
+
+def same_weights(found, expected):
+    return found.config == expected.config and all(
+        torch.equal(x, expected.state_dict()[name]) for name, x in found.state_dict().items()
+    )
+
+
+def told(error, *words):
+    """A sentence that names what is wrong, not a page."""
+    assert any(word in str(error) for word in words), error
+    assert len(str(error)) < 1000
+
+
+@st.composite
+def damages(draw):
+    """What happens to a file's bytes: some are changed, some are lost, some come on top."""
+    kind, where = draw(st.sampled_from(["flip", "flip", "cut", "grow"])), draw(st.floats(0, 1))
+    more = draw(st.binary(min_size=1, max_size=8))
+    bits = draw(st.integers(1, 255))
+
+    def damage(data):
+        at = min(int(where * len(data)), len(data) - 1)
+        if kind == "flip":
+            return data[:at] + bytes([data[at] ^ bits]) + data[at + 1 :]
+        return data[:at] if kind == "cut" else data[:at] + more + data[at:]
+
+    return damage
+
+
+@given(damage=damages(), name=st.sampled_from(["state", MODEL, CONFIG]))
+def test_damage_is_told_or_does_no_harm(saved, damage, name):
+    model, state, folder = saved
+    whole = (folder / name).read_bytes()
+    try:
+        (folder / name).write_bytes(damage(whole))
+        try:
+            if name == "state":
+                assert_state_equal(CoMeTState.load(folder / name, model), state, "damaged")
+            else:
+                assert same_weights(CoMeTModel.from_pretrained(folder), model)
+        except ValueError as error:
+            told(error, "state", "onfig", str(folder))
+    finally:
+        (folder / name).write_bytes(whole)
+
+
+@given(damage=damages(), seed=seeds)
+def test_damage_to_a_training_checkpoint_is_told(tmp_path_factory, damage, seed):
+    path = tmp_path_factory.getbasetemp() / "training.pt"
+    value = {"step": seed, "model": {"norm": torch.arange(50.0)}}
+    write_training(path, value)
+    path.write_bytes(damage(path.read_bytes()))
+    try:
+        found = read_training(path)
+    except ValueError as error:
+        told(error, str(path))
+    else:
+        assert found["step"] == seed
+        assert torch.equal(found["model"]["norm"], value["model"]["norm"])
+
+
+def test_weights_are_never_read_with_another_config(saved, tmp_path):
+    model, _, _ = saved
+    model.save_pretrained(tmp_path)
+    other = small(gate_saturation=0.5)
+    (tmp_path / CONFIG).write_text(other.to_json())  # as a kill between the two files leaves it
+    for load in (
+        CoMeTModel.from_pretrained,
+        lambda folder: CoMeTEngine.from_pretrained(folder, library="numpy"),
+    ):
+        with pytest.raises(ValueError, match=r"differs .* in memory.gate_saturation; a save was"):
+            load(tmp_path)
+    (tmp_path / CONFIG).unlink()
+    assert same_weights(CoMeTModel.from_pretrained(tmp_path), model), "the weights' own config"
+
+
+def test_files_of_others_have_no_digest_and_load(saved, tmp_path):
+    model, _, folder = saved
+    save_file(load_file(folder / MODEL), tmp_path / MODEL)
+    (tmp_path / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+    assert same_weights(CoMeTModel.from_pretrained(tmp_path), model)
+
+
+def test_states_of_the_first_version_load(saved, tmp_path):
+    model, state, folder = saved
+    header = {"format": "comet-state", "version": "1", "model": state.model}
+    save_file(load_file(folder / "state"), tmp_path / "state", metadata=header)
+    assert_state_equal(CoMeTState.load(tmp_path / "state", model), state, "loaded")
+
+
+def test_the_same_is_saved_as_the_same_bytes(saved, tmp_path):
+    """In another process too, where hashes are salted otherwise."""
+    model, _, folder = saved
+    model.save_pretrained(tmp_path)
+    script = (
+        "import sys; from fast import CoMeTModel, CoMeTState\n"
+        "model = CoMeTModel.from_pretrained(sys.argv[1])\n"
+        "CoMeTState.load(sys.argv[1] + '/state', model).save(sys.argv[2] + '/state')"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", script, folder, tmp_path], check=True, cwd=root)
+    for name in ("state", MODEL, CONFIG):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_what_is_not_finite_is_not_written_over_a_good_file(saved, tmp_path):
+    model, state, _ = saved
+    model.save_pretrained(tmp_path)
+    state.save(tmp_path / "state")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    broken = random_model(model.config, 0)
+    with torch.no_grad():
+        broken.weights["norm"][0] = float("nan")
+    with pytest.raises(ValueError, match="norm holds NaN or infinity, so nothing was written"):
+        broken.save_pretrained(tmp_path)
+    lost = state.map_tensors(lambda t: t * float("inf"))
+    with pytest.raises(ValueError, match="holds NaN or infinity, so nothing was written"):
+        lost.save(tmp_path / "state")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_state_beyond_the_model_s_dtype_is_refused(saved, tmp_path):
+    model, state, _ = saved
+    state.map_tensors(lambda t: t + 1e6).save(tmp_path / "state")
+    half = random_model(model.config, 0).half()
+    with pytest.raises(ValueError, match="numbers beyond the model's dtype; load it onto"):
+        CoMeTState.load(tmp_path / "state", half)
+
+
+COUNTS = ("tokens", "chunks", "open_tokens", "row_length", "queue_length")
+
+
+@given(
+    name=st.sampled_from(COUNTS),
+    change=st.sampled_from([-5, -2, -1, 1, 2, 5, 2**62]),
+    row=st.integers(0, 1),
+)
+def test_counts_that_contradict_the_row_are_refused(saved, tmp_path_factory, name, change, row):
+    """In one sequence alone. More text closed before, or other chunks of it, is no contradiction."""
+    model, state, folder = saved
+    path = tmp_path_factory.getbasetemp() / "counts"
+    arrays = load_file(folder / "state")
+    arrays[f"count.{name}"][row] += change
+    header = {"format": "comet-state", "version": "1", "model": state.model}
+    save_file(arrays, path, metadata=header)
+    tokens = int(arrays["count.tokens"][row])
+    chunks, now = int(arrays["count.chunks"][row]), int(arrays["count.open_tokens"][row])
+    possible = name in ("tokens", "chunks") and 1 <= chunks <= tokens - now
+    if possible:
+        CoMeTState.load(path, model)
+    else:
+        with pytest.raises(ValueError, match="the state"):
+            CoMeTState.load(path, model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 5000,
+        "[" * 100_000,
+        '{"backbone": ' * 50_000,
+        '{"backbone": 1, "memory": NaN}',
+        "\ud800".encode("utf-8", "surrogatepass"),
+    ],
+    ids=["number", "deep list", "deep dict", "NaN", "surrogate"],
+)
+def test_hostile_json_is_refused(tmp_path, text):
+    (tmp_path / CONFIG).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with within(10), pytest.raises(ValueError, match="config"):
+        CoMeTModel.from_pretrained(tmp_path)
+
+
+NUMBERS = [10**9, 2**31, 2**63, 10**400, 1e300, -1, 0.5, True, None, "4", [4]]
+
+
+@given(
+    part=st.sampled_from(["backbone", "memory"]),
+    field=st.integers(0, 30),
+    value=st.sampled_from(NUMBERS),
+)
+def test_no_number_in_a_config_hangs_it(saved, tmp_path_factory, part, field, value):
+    """Nothing is built before the numbers are held against the tensors of the file."""
+    model, _, folder = saved
+    place = tmp_path_factory.getbasetemp() / "numbers"
+    place.mkdir(exist_ok=True)
+    if not (place / MODEL).exists():
+        save_file(load_file(folder / MODEL), place / MODEL)
+    data = model.config.to_dict()
+    names = sorted(data[part])
+    data[part][names[field % len(names)]] = value
+    (place / CONFIG).write_text(json.dumps(data))
+    with within(10):
+        try:
+            loaded = CoMeTModel.from_pretrained(place)
+        except ValueError as error:
+            told(error, names[field % len(names)], "onfig", str(place))
+        else:
+            assert loaded.config.to_dict() == json.loads(json.dumps(data))
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(saved, tmp_path):
+    model, _, folder = saved
+    for name in (CONFIG, MODEL):
+        for other in (CONFIG, MODEL):
+            (tmp_path / other).unlink(missing_ok=True)
+            (tmp_path / other).write_bytes((folder / other).read_bytes())
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with within(10), pytest.raises(ValueError, match="is not a regular file"):
+            CoMeTModel.from_pretrained(tmp_path)
+    os.mkfifo(tmp_path / "state")
+    with within(10), pytest.raises(ValueError, match="is not a regular file"):
+        CoMeTState.load(tmp_path / "state", model)
+
+
+def test_counts_of_a_new_state_are_their_own():
+    state = random_model(small(), 0).new_state(2)
+    state.tokens[0] = 5
+    assert np.array_equal(state.chunks, [0, 0])
