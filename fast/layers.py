@@ -109,7 +109,8 @@ def rotary_frequencies(config: BackboneConfig) -> Tensor:
 
     Source: RoFormer (arXiv 2104.09864); "linear" and "llama3" scaling as Hugging Face names them.
     """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    e = config.head_dim
+    exponent = torch.arange(0, e, 2, dtype=torch.float64, device="cpu") / e
     frequencies = config.rope_theta**-exponent
     scaling = config.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":

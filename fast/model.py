@@ -137,7 +137,7 @@ class CoMeTModel(nn.Module):
     def __init__(
         self, config: CoMeTConfig, weights: dict[str, Any] | None = None, *, seed: int = 0
     ) -> None:
-        """A model of given weights, or a fresh one in float32 on the CPU.
+        """A model of given weights, or a fresh one in float32 on PyTorch's default device.
 
         Args:
             config: the model.

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from fast import BackboneConfig, CoMeTConfig, MemoryConfig
 from fast.cupy_engine.libraries import check_cupy
 
+from . import device
 from .assertions import NOTES
 
 COMMON = {
@@ -32,6 +33,15 @@ settings.register_profile(
     report_multiple_bugs=False,
     **COMMON,
 )
+# Enough to meet every operation on another device, where each takes long.
+settings.register_profile(
+    "few",
+    max_examples=5,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    **COMMON,
+)
 settings.register_profile("thorough", max_examples=3000, **COMMON)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
@@ -48,6 +58,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder of recorded cases, with a manifest.json (default: parity/golden)",
     )
     parser.addoption(
+        "--device",
+        default="cpu",
+        help="where PyTorch's part runs, such as cuda or cuda:1; laws marked host are left out "
+        "there (default: cpu, and all laws)",
+    )
+    parser.addoption(
         "--engine",
         choices=["numpy", "cupy"],
         default="numpy",
@@ -56,18 +72,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("engine") == "cupy":
-        try:
+    try:
+        device.choose(config.getoption("--device"))
+        if config.getoption("engine") == "cupy":
             check_cupy()
-        except ImportError as error:
-            raise pytest.UsageError(f"--engine cupy: {error}") from None
+    except (ImportError, ValueError) as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_report_header() -> str:
+    left_out = "" if device.is_host() else "; laws marked host are left out"
+    return f"PyTorch's part runs on {device.DEVICE}{left_out}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("engine") == "cupy":
-        left_out = [item for item in items if not item.get_closest_marker("engine")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+    """Where a device or CuPy is asked for, keep the laws that run there."""
+    on_cupy = config.getoption("engine") == "cupy"
+    if device.is_host() and not on_cupy:
+        return
+
+    def runs(item: pytest.Item) -> bool:
+        if item.get_closest_marker("engine"):
+            return on_cupy
+        return not device.is_host() and not item.get_closest_marker("host")
+
+    left_out = [item for item in items if not runs(item)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_runtest_setup() -> None:
+    NOTES.placed = False
 
 
 def counted(test):
@@ -84,29 +119,38 @@ def counted(test):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """Keep a test's notes as its properties, which a worker process sends with its report."""
+    """Keep a test's notes as its properties, which a worker process sends with its report.
+
+    A law that is not marked host must have made a tensor where `--device` says, on the CPU too.
+    """
+    is_host = item.get_closest_marker("host") is not None
     NOTES.cases, NOTES.nearest = 0, None
     hypothesis = getattr(getattr(item, "obj", None), "hypothesis", None)
     if hypothesis:
         inner = hypothesis.inner_test
         hypothesis.inner_test = counted(inner)
     try:
-        return (yield)
+        result = yield
+        if not (is_host or NOTES.placed):
+            pytest.fail("no tensor was made by parity.device; make one, or mark the law host")
+        return result
     finally:
         if hypothesis:
             hypothesis.inner_test = inner
-        item.user_properties += [("cases", NOTES.cases or 1), ("nearest", NOTES.nearest)]
+        notes = {"cases": NOTES.cases or 1, "nearest": NOTES.nearest, "is_host": is_host}
+        item.user_properties += notes.items()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A line a law: its cases, and the comparison of all of them that came nearest to its limit."""
-    cases, nearest = defaultdict(int), defaultdict(list)
+    cases, nearest, on_host = defaultdict(int), defaultdict(list), set()
     for report in (r for reports in terminalreporter.stats.values() for r in reports):
         notes = dict(getattr(report, "user_properties", ()))
         if "cases" in notes and report.when == "call" and not report.skipped:
             law = report.nodeid.split("[")[0].rpartition("/")[2].replace(".py", "")
             cases[law] += notes["cases"]
             nearest[law] += [notes["nearest"]] if notes["nearest"] else []
+            on_host |= {law} if notes["is_host"] else set()
     if not cases:
         return
     width = max(map(len, cases))
@@ -118,6 +162,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             error, limit = max(nearest[law], key=lambda pair: pair[0] / pair[1])
             line += f"  {error:8.1e}  {limit:8.1e}"
         terminalreporter.line(line)
+    rest = (
+        f"{len(on_host)} need no device" if device.is_host() else "those marked host are left out"
+    )
+    placed = len(cases) - len(on_host)
+    terminalreporter.line(f"laws that ran on {device.DEVICE}: {placed}; {rest}")
 
 
 @pytest.fixture

@@ -145,6 +145,12 @@ FAULTS = {
         "torch.from_numpy(x)",
         "test_devices::test_reading_and_decoding_stay_on_the_device",
     ),
+    "the rotary table left to a default device": (
+        "layers.py",
+        'dtype=torch.float64, device="cpu")',
+        "dtype=torch.float64)",
+        "test_devices::test_a_default_device_changes_nothing",
+    ),
     "a value asked of the device": (
         "layers.py",
         "if mask is None:\n",

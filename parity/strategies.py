@@ -13,8 +13,9 @@ import torch
 from hypothesis import strategies as st
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
-from fast.parameters import to_tensors
 from reference.parameters import map_parameters, shapes
+
+from .device import tensors
 
 VOCAB = 11
 
@@ -101,8 +102,8 @@ def nudged(params: dict[str, Any], seed: int, epsilon: float) -> dict[str, Any]:
 
 
 def random_model(config: CoMeTConfig, seed: int, dtype: torch.dtype = torch.float64) -> CoMeTModel:
-    """The fast model with `random_weights`."""
-    return CoMeTModel(config, to_tensors(random_weights(config, seed), dtype))
+    """The fast model with `random_weights`, on the device."""
+    return CoMeTModel(config, tensors(random_weights(config, seed), dtype))
 
 
 def widened(config):

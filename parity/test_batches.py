@@ -12,12 +12,14 @@ from reference import stream
 from .assertions import (
     TOLERANCE,
     YARDSTICK,
+    array,
     arrays_of,
     assert_logits,
     assert_near,
     assert_same_stream,
     largest_error,
 )
+from .device import tensor
 from .strategies import VOCAB, configs, corner_lengths, nudged, random_model, seeds
 
 
@@ -33,7 +35,7 @@ def batches(draw):
 def padded(rows, fill, extra=0):
     """The rows side by side, with columns after the longest one too."""
     widest = max(map(len, rows)) + extra
-    return torch.tensor([[*row, *[fill] * (widest - len(row))] for row in rows])
+    return tensor([[*row, *[fill] * (widest - len(row))] for row in rows])
 
 
 def texts(lengths, seed):
@@ -125,12 +127,12 @@ def test_gradients_of_a_ragged_batch_are_the_sum_of_each_alone(batch):
     model = random_model(config, seed)
     for row in rows:
         if len(row) > 1:
-            one = model(torch.tensor([row]), labels=torch.tensor([row]), logits="none").loss
+            one = model(tensor([row]), labels=tensor([row]), logits="none").loss
             (one * (len(row) - 1) / counts).backward()
     for name, p in model.named_parameters():
         a = together[name] if together[name] is not None else torch.zeros_like(p)
         b = p.grad if p.grad is not None else torch.zeros_like(p)
-        assert_near(a, b.numpy(), f"gradient of {name}", 1e-10)
+        assert_near(a, array(b), f"gradient of {name}", 1e-10)
 
 
 @given(batches(), seeds)
@@ -143,7 +145,7 @@ def test_select_and_fork_rearrange_a_batch(batch, seed):
     rng = np.random.default_rng(seed)
     order = rng.integers(0, len(rows), 3).tolist()
     more = texts([4] * 3, seed)
-    out = model(torch.tensor(more), state=state.select(order))
+    out = model(tensor(more), state=state.select(order))
     for i, source in enumerate(order):
         _, alone = stream.read(rows[source], stream.new_state(config), params, config)
         expected, alone = spec.forward(more[i], alone, params, config)

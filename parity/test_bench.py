@@ -17,6 +17,8 @@ from fast.bench.speed import MEMORIES, Case, Timed, chunk_work, take_turns
 from fast.cupy_engine import CoMeTEngine
 from fast.cupy_engine import engine as engine_module
 
+pytestmark = pytest.mark.host
+
 
 def test_contestants_take_turns():
     order = []

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from .device import tensor
 from .strategies import VOCAB, cases, random_model, seeds
 
 
@@ -16,8 +17,8 @@ def test_no_future_token_influences_a_past_logit(case, seed, data):
     model = random_model(config, weights)
     cut = data.draw(st.integers(1, len(ids)))
     other = np.random.default_rng(seed).integers(0, VOCAB, len(ids) - cut).tolist()
-    a = model(torch.tensor([ids])).logits[0, :cut]
-    b = model(torch.tensor([ids[:cut] + other])).logits[0, :cut]
+    a = model(tensor([ids])).logits[0, :cut]
+    b = model(tensor([ids[:cut] + other])).logits[0, :cut]
     assert torch.equal(a, b)
 
 
@@ -30,7 +31,7 @@ def test_gradients_reach_back_and_never_forward(case, data):
     backbone = dataclasses.replace(config.backbone, vocab_size=len(ids), tie_word_embeddings=False)
     config = dataclasses.replace(config, backbone=backbone)
     model = random_model(config, seed)
-    out = model(torch.arange(len(ids))[None])
+    out = model(tensor(np.arange(len(ids)))[None])
     out.logits[0, i].sum().backward()
     grad = model.weights["embed_tokens"].grad
     assert (grad[i + 1 :] == 0).all()
@@ -50,7 +51,7 @@ def test_memory_carries_what_the_chunk_border_cuts(case):
     # A queue that holds every entry, and a gate that is never quite shut.
     memory = dataclasses.replace(memory, temporary_memory_size=99, gate_saturation=1.0)
     model = random_model(dataclasses.replace(config, backbone=backbone, memory=memory), seed)
-    out = model(torch.arange(n)[None])
+    out = model(tensor(np.arange(n))[None])
     out.logits[0, -1].sum().backward()
     reached = model.weights["embed_tokens"].grad[0].abs().sum() > 0
     assert bool(reached) == carries

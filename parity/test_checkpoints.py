@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from fast import CoMeTModel
 from fast.checkpoints import load_arrays, save_checkpoint
-from fast.parameters import to_tensors
 from reference import model as spec
 from reference import stream
 from reference.parameters import named_parameters
 
 from .assertions import arrays_of, assert_near
+from .device import DEVICE, tensor, tensors
 from .strategies import cases, random_model, random_weights
 
 
@@ -29,13 +29,13 @@ def test_save_and_load_change_nothing(folder, case):
     config, seed, ids = case
     model = random_model(config, seed)
     model.save_pretrained(folder)
-    again = CoMeTModel.from_pretrained(folder)
+    again = CoMeTModel.from_pretrained(folder).to(DEVICE)
     assert again.config == config
     assert again.dtype == torch.float64
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
     logits, _ = spec.forward(ids, stream.new_state(config), arrays_of(model), config)
-    assert_near(again(torch.tensor([ids])).logits[0], logits, "logits")
+    assert_near(again(tensor([ids])).logits[0], logits, "logits")
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     _, arrays = load_arrays(folder)
     expected = named_parameters(arrays_of(model))
@@ -104,7 +104,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, make_config):
 
 def test_weights_given_as_a_dict_are_checked(make_config):
     config = make_config()
-    weights = to_tensors(random_weights(config, 0), torch.float32)
+    weights = tensors(random_weights(config, 0), torch.float32)
     CoMeTModel(config, weights)
     weights["norm"][0] = float("inf")
     with pytest.raises(ValueError, match="norm holds NaN or infinity"):

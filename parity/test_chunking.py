@@ -10,6 +10,8 @@ from reference import chunking
 
 from .strategies import memories
 
+pytestmark = pytest.mark.host
+
 sizes = st.integers(1, 40)
 lengths = st.integers(0, 200)
 

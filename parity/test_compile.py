@@ -4,6 +4,7 @@ The graph is traced by `torch.compile(fullgraph=True)`, in which anything that l
 and run as it was traced: what a compiler makes of it is the compiler's business.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -11,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from fast import stream
 
 from .assertions import assert_near
+from .device import tensor
 from .strategies import random_model
 
 
@@ -33,7 +35,8 @@ def compiled(monkeypatch):
 def test_chunks_of_a_steady_stream_are_one_graph(compiled, make_config, backbone, gradient):
     config = make_config(backbone)
     model = random_model(config, 3)
-    ids = torch.arange(12 * config.memory.chunk_size).reshape(2, -1) % config.backbone.vocab_size
+    length, vocab_size = 12 * config.memory.chunk_size, config.backbone.vocab_size
+    ids = tensor(np.arange(length).reshape(2, -1) % vocab_size)
     with torch.set_grad_enabled(gradient):
         state = model(ids, logits="none").state.detach()  # memories full, the open chunk too
         expected, graphs = [], []
@@ -53,7 +56,7 @@ def test_chunks_of_a_steady_stream_are_one_graph(compiled, make_config, backbone
 def test_decoding_is_a_few_graphs(compiled, make_config):
     """The row grows, which is one graph of any length; borders of chunks and groups add a few."""
     model = random_model(make_config(), 5)
-    ids = torch.arange(22).reshape(2, -1) % 11
+    ids = tensor(np.arange(22).reshape(2, -1) % 11)
     state = model(ids, logits="none").state
     expected = model.generate(ids[:, :1], state, 40)
     counter = compiled(True)

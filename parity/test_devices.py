@@ -1,9 +1,14 @@
-"""Nothing in the stream asks the device for a value, or mixes devices.
+"""Nothing in the stream asks the device for a value, or mixes devices; `--device` moves the suite.
 
 On the meta device a tensor has a shape and no numbers: what would need one, on the host or beside a
-tensor of another device, raises. What passes here can be queued on a GPU without a stop.
+tensor of another device, raises. What passes here can be queued on a GPU without a stop. On the
+device of `pretend_device.py` there are numbers too, and the suite runs as it would on a GPU.
 """
 
+import os
+import re
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,7 +22,11 @@ from fast.parameters import ParameterTree
 from fast.stream import close_chunk, new_state, read
 from reference.parameters import map_parameters, shapes
 
-from .strategies import configs, corner_lengths
+from . import device
+from .strategies import configs, corner_lengths, random_model
+from .test_faults import ROOT, break_line, copy  # noqa: F401, a fixture
+
+pytestmark = pytest.mark.host
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
@@ -93,3 +102,97 @@ def test_a_value_asked_for_would_be_noticed():
         bool(torch.zeros((), device="meta") > 0)
     with pytest.raises(RuntimeError):
         torch.zeros(2, device="meta") + torch.zeros(2)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_default_device_changes_nothing(make_config, gradient):
+    """What a program sets for its own tensors: every tensor of `fast` says where it is."""
+    model, ids = random_model(make_config(), 0), torch.arange(22).reshape(2, 11) % 11
+    with torch.set_grad_enabled(gradient):
+        expected = model(ids, labels=ids, lengths=[11, 7])
+        with torch.device("meta"), on_the_device():
+            found = model(ids, labels=ids, lengths=[11, 7])
+            state = model.close_chunk(found.state.fork(2).select([0, 3]))
+            model.generate(ids, state, 5, temperature=1.0, top_k=3, top_p=0.9)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+
+
+def elsewhere(folder, *options):
+    """A run of the suite on the pretend device."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, "-p", "parity.pretend_device", "--device", "elsewhere", *options],
+        cwd=folder,
+        env=os.environ | {"HYPOTHESIS_PROFILE": "few", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_suite_runs_on_a_device_that_refuses_tensors_of_the_host():
+    """All that is not marked host, but for what takes longest."""
+    longest = "published_memory or long_rows or Streams"
+    run = elsewhere(ROOT, "parity/", "-k", f"not ({longest})")
+    assert run.returncode == 0, run.stdout + run.stderr
+    laws = re.search(r"laws that ran on elsewhere:0: (\d+); those marked host are", run.stdout)
+    assert laws, run.stdout
+    assert int(laws[1]) > 85
+
+
+LEFT_BEHIND = {
+    "a mask": (
+        "layers.py",
+        "torch.arange(length, device=positions.device)",
+        "torch.arange(length)",
+        "test_layers.py::test_attention",
+    ),
+    "the flags of ragged rows": (
+        "stream.py",
+        "torch.from_numpy(flags).to(yes.device)",
+        "torch.from_numpy(flags)",
+        "test_batches.py::test_a_ragged_batch_is_each_sequence_alone",
+    ),
+    "the targets' padding": (
+        "model.py",
+        "torch.from_numpy(is_last).to(labels.device)",
+        "torch.from_numpy(is_last)",
+        "test_model.py::test_loss",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", LEFT_BEHIND)
+def test_a_tensor_left_on_the_host_is_noticed(copy, fault):  # noqa: F811
+    file, right, wrong, law = LEFT_BEHIND[fault]
+    break_line(copy, file, right, wrong)
+    run = elsewhere(copy, f"parity/{law}")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "arguments are on elsewhere:0 and on cpu" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "meta", "nowhere"])
+def test_a_device_that_is_not_there_stops_the_run(name):
+    """Before any test, in one sentence; nothing falls back to the CPU."""
+    with pytest.raises(ValueError, match=f"--device {name}: PyTorch .* name a device that it has"):
+        device.choose(name)
+    assert device.is_host()
+    command = [sys.executable, "-m", "pytest", "--device", name, "parity/test_layers.py"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (pytest.ExitCode.USAGE_ERROR, "")
+    assert run.stderr.startswith(f"ERROR: --device {name}: ")
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_has_the_precision_that_its_tolerances_are_for():
+    """Whatever was set before: no TF32, and no sums in half types."""
+    matmul = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("high")
+    matmul.allow_fp16_reduced_precision_reduction = True
+    matmul.allow_bf16_reduced_precision_reduction = True
+    device.choose("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not matmul.allow_tf32
+    assert not matmul.allow_fp16_reduced_precision_reduction
+    assert not matmul.allow_bf16_reduced_precision_reduction

@@ -64,6 +64,8 @@ from .strategies import (
 from .test_batches import batches, padded, texts
 from .test_half_types import even_weights
 
+pytestmark = pytest.mark.host
+
 array_api_strict.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
 
 

@@ -2,12 +2,12 @@
 the state that was passed in as it was."""
 
 import pytest
-import torch
 
 from .assertions import assert_state_equal
+from .device import DEVICE, tensor
 from .strategies import random_model
 
-TEXT = torch.tensor([[1, 2, 3, 4, 5, 6]])
+TEXT = tensor([[1, 2, 3, 4, 5, 6]])
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ CALLS = [
     (lambda m, s: m(TEXT[None], state=s), r"ids has shape \(1, 1, 6\)"),
     (lambda m, s: m(TEXT + 5, state=s), r"ids range from 6 to 11; expected \[0, 11\)"),
     (lambda m, s: m(TEXT - 2, state=s), "ids range from -1"),
-    (lambda m, s: m(TEXT.to("meta"), state=s), "ids is on meta, the model on cpu; move one"),
+    (lambda m, s: m(TEXT.to("meta"), state=s), f"ids is on meta, the model on {DEVICE}; move one"),
     (lambda m, s: m(TEXT, lengths=[7], state=s), r"lengths is \[7\]; expected 1 to 6"),
     (lambda m, s: m(TEXT, lengths=[0], state=s), r"lengths is \[0\]; expected 1 to 6"),
     (lambda m, s: m(TEXT, lengths=[3, 3], state=s), "expected 1 integers"),

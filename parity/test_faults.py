@@ -16,6 +16,8 @@ import pytest
 
 from .faults import FAULTS
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parent.parent
 
 

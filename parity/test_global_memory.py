@@ -1,16 +1,17 @@
 """Twins and laws of `global_memory.py`."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fast import MemoryConfig
 from fast import global_memory as fast
-from fast.parameters import to_tensors
 from reference import global_memory as spec
 
-from .assertions import assert_near, assert_twin
+from .assertions import array, assert_near, assert_twin
+from .device import tensor, tensors
 from .strategies import seeds
 
 D, M = 4, 3
@@ -33,15 +34,11 @@ kinds = st.sampled_from(["scalar", "vector"])
 saturations = st.sampled_from([1.0, 0.95, 0.3])
 
 
-def tensor(x):
-    return torch.from_numpy(x)
-
-
 @given(seeds, kinds, st.booleans(), saturations)
 def test_propose_gate_and_read(seed, kind, bias, saturation):
     rng = np.random.default_rng(seed)
     w = weights(rng, kind, bias)
-    tw = to_tensors(w, torch.float64)
+    tw = tensors(w, torch.float64)
     x, s = rng.normal(0, 2, (2, M, D)), rng.normal(0, 2, (2, M, D))
     for eps in (None, 1e-3):
         found = fast.propose(tensor(x), tw, eps)
@@ -62,7 +59,7 @@ def test_update_global(seed, kind, bias, saturation, first):
     r, s = rng.normal(0, 2, (2, M, D)), rng.normal(0, 2, (2, M, D))
     c = MemoryConfig(4, M, 1, 0, gate=kind, gate_bias=bias, gate_saturation=saturation)
     found = fast.update_global(
-        None if first else tensor(s), tensor(r), to_tensors(w, torch.float64), c
+        None if first else tensor(s), tensor(r), tensors(w, torch.float64), c
     )
     assert_twin(found, spec.update_global(None if first else s, r, w, c), "S", tensor(r))
 
@@ -73,7 +70,7 @@ def test_the_gate_is_a_convex_combination(seed, kind, saturation):
     w = weights(rng, kind, True, scale=3.0)
     c = MemoryConfig(4, M, 1, 0, gate=kind, gate_bias=True, gate_saturation=saturation)
     r, s = rng.normal(0, 2, (1, M, D)), rng.normal(0, 2, (1, M, D))
-    tw = to_tensors(w, torch.float64)
+    tw = tensors(w, torch.float64)
     new = fast.propose(tensor(r), tw, c.global_norm_eps)
     g = fast.gate(new, tensor(s), tw, saturation)
     assert ((g >= 0) & (g <= 1)).all()
@@ -92,12 +89,13 @@ def test_g_one_keeps_and_g_zero_replaces(seed, kind):
         w["gate_bias"] = np.full_like(w["gate_bias"], bias)
         if expected is None:
             expected = spec.propose(r, w, None)
-        out = fast.update_global(tensor(s), tensor(r), to_tensors(w, torch.float64), c)
-        assert np.array_equal(out.numpy(), expected) or bias < 0
+        out = fast.update_global(tensor(s), tensor(r), tensors(w, torch.float64), c)
+        assert np.array_equal(array(out), expected) or bias < 0
         assert_near(out, expected, "S")
         assert_near(spec.update_global(s, r, w, c), expected, "reference S")
 
 
+@pytest.mark.host
 @given(seeds)
 def test_a_saturated_gate_keeps_for_good_where_a_sigmoid_fades(seed):
     """A thousand chunks at the same gate logit: the published gate has forgotten."""
@@ -124,5 +122,5 @@ def test_the_default_epsilon_is_the_dtypes_own(seed):
     w = weights(rng, "scalar", False)
     tiny = 1e-8 * rng.normal(size=(1, M, D))
     c = MemoryConfig(4, M, 1, 0)
-    found = fast.update_global(None, tensor(tiny), to_tensors(w, torch.float64), c)
+    found = fast.update_global(None, tensor(tiny), tensors(w, torch.float64), c)
     assert_near(found, spec.update_global(None, tiny, w, c), "float64")

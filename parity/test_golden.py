@@ -20,14 +20,15 @@ from safetensors.torch import load_file
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
 from fast.cupy_engine import CoMeTEngine
 from fast.global_memory import read_global as fast_read
-from fast.parameters import to_arrays, to_tensors
+from fast.parameters import to_arrays
 from fast.pretrained import PublishedIds, load_published, published_name, save_published
 from reference import model as spec
 from reference import stream
 from reference.global_memory import read_global
 from reference.parameters import map_parameters, named_parameters, shapes
 
-from .assertions import ENGINE_GOLDEN, FAST_GOLDEN, REFERENCE_GOLDEN, array, assert_near
+from .assertions import ENGINE_GOLDEN, FAST_GOLDEN, REFERENCE_GOLDEN, allowed, array, assert_near
+from .device import DEVICE, tensor, tensors
 from .test_gradients import STEP
 
 RECORDED = {
@@ -113,7 +114,7 @@ def setting(folder, name, layout):
     c, data = load(folder, name)
     config = config_of(c, layout)
     params = params_of(c, data, config)
-    model = CoMeTModel(config, to_tensors(params, torch.float64))
+    model = CoMeTModel(config, tensors(params, torch.float64))
     return c, data, config, params, model
 
 
@@ -123,7 +124,7 @@ def test_logits(golden, case, layout):
     ids, sizes = data["text_ids"], data["text_chunk_sizes"].tolist()
     logits, _ = spec.forward(ids, stream.new_state(config), params, config, chunk_sizes=sizes)
     assert_near(logits, data[key], f"{case}, reference logits", REFERENCE_GOLDEN)
-    out = model(torch.tensor(ids)[None].long(), chunk_sizes=sizes)
+    out = model(tensor(ids)[None].long(), chunk_sizes=sizes)
     assert_near(out.logits[0], data[key], f"{case}, fast logits", FAST_GOLDEN)
     out = CoMeTEngine(config, params)(np.asarray(ids)[None], chunk_sizes=sizes)
     assert_near(out.logits[0], data[key], f"{case}, engine logits", ENGINE_GOLDEN)
@@ -138,7 +139,7 @@ def test_memories_after_every_chunk(golden, case, layout):
     state, fast_state = stream.new_state(config), model.new_state()
     for t, (a, b) in enumerate(zip(cut[:-1], cut[1:], strict=True)):
         _, state = stream.read(ids[a:b], state, params, config, roll=False)
-        piece = torch.tensor(ids[a:b])[None].long()
+        piece = tensor(ids[a:b])[None].long()
         fast_state = model(piece, state=fast_state, logits="none", chunk_sizes=[int(b - a)]).state
         is_last = t == len(sizes) - 1
         if not is_last:
@@ -174,15 +175,15 @@ def test_loss_and_every_gradient(golden, case, layout):
     loss = spec.language_loss(logits, labels)
     assert_near(loss, data["train/loss_f64"], f"{case}, reference loss", REFERENCE_GOLDEN)
     out = model(
-        torch.tensor(ids)[None].long(),
-        labels=torch.tensor(labels)[None].long(),
+        tensor(ids)[None].long(),
+        labels=tensor(labels)[None].long(),
         chunk_sizes=sizes,
         logits="none",
     )
     assert_near(out.loss, data["train/loss_f64"], f"{case}, fast loss", FAST_GOLDEN)
     out.loss.backward()
 
-    grads = {n.removeprefix("weights."): p.grad.numpy() for n, p in model.named_parameters()}
+    grads = {n.removeprefix("weights."): array(p.grad) for n, p in model.named_parameters()}
     table = grads.pop("embed_tokens").copy()
     # There the special tokens are rows of the table.
     if "compression_embedding" in grads:
@@ -194,8 +195,9 @@ def test_loss_and_every_gradient(golden, case, layout):
         k.removeprefix("grad_f64/"): g for k, g in data.items() if k.startswith("grad_f64/")
     }
     assert set(found) == set(recorded)
+    limit = allowed(FAST_GOLDEN, out.loss)
     for name, expected in recorded.items():
-        assert_near(found[name], expected, f"{case}, gradient of {name}", FAST_GOLDEN)
+        assert_near(found[name], expected, f"{case}, gradient of {name}", limit)
 
     # The reference's own derivative, by a complex step along one direction of all parameters.
     rng = np.random.default_rng(0)
@@ -230,7 +232,7 @@ def test_decoding(golden, case, layout):
     text = data["dec_textphase/output_ids_stripped"].tolist()
     new, _ = spec.generate(ids, stream.new_state(config), params, config, len(text), roll=False)
     assert new == text
-    out = model.generate(torch.tensor(ids)[None].long(), max_new_tokens=len(text), roll=False)
+    out = model.generate(tensor(ids)[None].long(), max_new_tokens=len(text), roll=False)
     assert out.ids == [text]
     # Logits of every step that read text, the prompt's last first.
     is_text = np.concatenate([[True], data["dec_textphase/fed_is_beacon"] == 0])
@@ -252,8 +254,8 @@ def test_the_published_checkpoint(golden, tmp_path):
     sizes = data["text_chunk_sizes"].tolist()
 
     memory = dataclasses.replace(config.memory, trailing_compression=False)  # its gen layout
-    model = CoMeTModel(dataclasses.replace(config, memory=memory), weights).double()
-    out = model(torch.tensor(data["text_ids"])[None].long(), chunk_sizes=sizes)
+    model = CoMeTModel(dataclasses.replace(config, memory=memory), weights).to(DEVICE).double()
+    out = model(tensor(data["text_ids"])[None].long(), chunk_sizes=sizes)
     assert_near(out.logits[0], data["gen/logits_text_f64"], "fast", FAST_GOLDEN)
     arrays = to_arrays(model.weights)
     logits, _ = spec.forward(
@@ -272,6 +274,7 @@ def test_the_published_checkpoint(golden, tmp_path):
     assert all(there[key] == value for key, value in back.items())
 
 
+@pytest.mark.host
 def test_another_folder_of_the_same_form(golden, tmp_path, request):
     """The option takes any folder: one with a single case, and a wrong number in it, fails."""
     if golden != Path(__file__).parent / "golden":
@@ -298,11 +301,13 @@ def test_another_folder_of_the_same_form(golden, tmp_path, request):
         assert run.returncode == status, run.stdout
 
 
+@pytest.mark.host
 def test_ids_of_special_tokens_are_kept(golden):
     _, _, ids = load_published(golden / "checkpoint")
     assert ids == PublishedIds(63, (58, 59, 60, 61), 62)
 
 
+@pytest.mark.host
 def test_the_engine_reads_an_official_checkpoint(golden):
     path = golden / "checkpoint"
     engine = CoMeTEngine.from_pretrained(path, dtype="float64", library="numpy")

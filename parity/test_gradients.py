@@ -12,7 +12,8 @@ from reference import model as spec
 from reference import stream
 from reference.parameters import map_parameters, named_parameters
 
-from .assertions import GRADIENT_TOLERANCE, arrays_of, assert_at_most
+from .assertions import GRADIENT_TOLERANCE, array, arrays_of, assert_at_most
+from .device import tensor
 from .strategies import cases, random_model
 
 STEP = 1e-30
@@ -26,18 +27,18 @@ def directional(params, direction, ids, config, **options):
 
 
 def gradients(model, ids, **options):
-    model(torch.tensor([ids]), labels=torch.tensor([ids]), logits="none", **options).loss.backward()
+    model(tensor([ids]), labels=tensor([ids]), logits="none", **options).loss.backward()
     return {
-        name.removeprefix("weights."): np.zeros(p.shape) if p.grad is None else p.grad.numpy()
+        name.removeprefix("weights."): torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
     }
 
 
 def assert_derivative(found, direction, expected, what):
-    terms = np.concatenate([(found[name] * v).ravel() for name, v in direction.items()])
+    terms = np.concatenate([(array(found[name]) * v).ravel() for name, v in direction.items()])
     error = abs(terms.sum() - expected) / max(1.0, np.abs(terms).sum())
     what = f"{what}: {terms.sum()!r}, complex step {expected!r}"
-    assert_at_most(error, GRADIENT_TOLERANCE, what)
+    assert_at_most(error, GRADIENT_TOLERANCE, what, next(iter(found.values())))
 
 
 @given(cases(), st.sampled_from([None, None, 1, 2]))
@@ -81,7 +82,7 @@ def test_truncating_backpropagation_really_cuts_it(case):
     n = 3 * size
     backbone = dataclasses.replace(config.backbone, vocab_size=n, tie_word_embeddings=False)
     config = dataclasses.replace(config, backbone=backbone)
-    text = torch.arange(n)[None]
+    text = tensor(np.arange(n))[None]
     model = random_model(config, seed)
     whole = model(text).logits
     for chunks in (1, 2):
@@ -98,7 +99,7 @@ def test_truncating_backpropagation_really_cuts_it(case):
 def test_a_detached_state_cuts_too(case):
     config, seed, ids = case
     model = random_model(config, seed)
-    state = model(torch.tensor([ids]), logits="none").state
+    state = model(tensor([ids]), logits="none").state
     for carried, flows in ((state, True), (state.detach(), False)):
         tensors = (*carried.global_state, *carried.temporary_memory, *carried.keys)
         assert any(t.requires_grad and t.numel() for t in tensors) == flows
@@ -109,7 +110,7 @@ def test_truncation_counts_chunks(make_config, chunks):
     """With k chunks, the gradient reaches back to the last border whose number k divides."""
     config = make_config({"vocab_size": 28, "tie_word_embeddings": False})
     model = random_model(config, 0)
-    model(torch.arange(28)[None], backprop_chunks=chunks).logits[0, -1].sum().backward()
+    model(tensor(np.arange(28))[None], backprop_chunks=chunks).logits[0, -1].sum().backward()
     grad = model.weights["embed_tokens"].grad.abs().sum(-1)
     border = (6 // chunks) * chunks * 4  # six chunks of four closed after 28 tokens
     assert (grad[:border] == 0).all()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.host
+
 BLOCKED = """
 import sys
 sys.modules |= dict.fromkeys(("matplotlib", "tqdm"))  # None: an import of it fails

@@ -21,6 +21,8 @@ from .kernel_cases import (
     updates,
 )
 
+pytestmark = pytest.mark.host
+
 CASES = {
     "attention": attentions(),
     "blend_global": updates("vector"),

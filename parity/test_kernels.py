@@ -32,6 +32,8 @@ from .kernel_cases import (
 )
 from .strategies import seeds
 
+pytestmark = pytest.mark.host
+
 ROWS = np.ones((3, 8), np.float32)
 
 

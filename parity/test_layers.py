@@ -1,15 +1,16 @@
 """Twins of `layers.py`: each equation, on random arrays."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fast import layers as fast
-from fast.parameters import to_tensors
 from reference import layers as spec
 
 from .assertions import YARDSTICK, assert_at_most, assert_near, assert_twin, typical_error
+from .device import tensor, tensors
 from .strategies import backbones, random_weights, seeds
 
 B = 3
@@ -17,10 +18,6 @@ B = 3
 
 def normal(rng, *shape):
     return rng.normal(0.0, 1.5, shape)
-
-
-def tensor(x):
-    return torch.from_numpy(x)
 
 
 def on_device(table):
@@ -49,7 +46,7 @@ def test_adapter_linear_sigmoid(seed, d, r):
     rng = np.random.default_rng(seed)
     x = normal(rng, B, 4, d)
     w = {"adapter_down": normal(rng, r, d), "adapter_up": normal(rng, d, r)}
-    found = fast.adapter(tensor(x), to_tensors(w, torch.float64))
+    found = fast.adapter(tensor(x), tensors(w, torch.float64))
     assert_twin(found, spec.adapter(x, w), "adapter", tensor(x))
     bias = normal(rng, r)
     down = w["adapter_down"]
@@ -60,11 +57,12 @@ def test_adapter_linear_sigmoid(seed, d, r):
     assert_twin(fast.sigmoid(tensor(wide)), spec.sigmoid(wide), "sigmoid", tensor(x))
 
 
+@pytest.mark.host
 @given(backbones(), st.integers(0, 100_000))
 def test_rotary_table_and_frequencies(backbone, start):
     positions = np.arange(start, start + 5)
     assert_near(fast.rotary_frequencies(backbone), spec.rotary_frequencies(backbone), "frequencies")
-    found = fast.rotary_table(tensor(positions)[None], backbone)
+    found = fast.rotary_table(torch.from_numpy(positions)[None], backbone)
     for name, f, e in zip(
         ("cos", "sin"), found, spec.rotary_table(positions, backbone), strict=True
     ):
@@ -87,6 +85,7 @@ def test_rotate_and_heads(backbone, seed):
         assert_near(merged[b], spec.merge_heads(expected), "merge_heads")
 
 
+@pytest.mark.host
 @given(backbones(), seeds)
 def test_rotation_keeps_lengths_and_depends_on_distance_alone(backbone, seed):
     rng = np.random.default_rng(seed)
@@ -129,6 +128,7 @@ def test_attention_goes_by_positions_not_by_order(seed, n, ragged):
         assert_near(found[b], spec.attention(q[b], keys[b], values[b], own), "attention")
 
 
+@pytest.mark.host
 @given(seeds)
 def test_softmax_sums_to_one_over_what_is_visible(seed):
     rng = np.random.default_rng(seed)
@@ -144,7 +144,7 @@ def test_softmax_sums_to_one_over_what_is_visible(seed):
 def test_swiglu_and_keys_values(backbone, seed):
     rng = np.random.default_rng(seed)
     w = layer_of(backbone, seed)
-    tw = to_tensors(w, torch.float64)
+    tw = tensors(w, torch.float64)
     x = normal(rng, B, 4, backbone.hidden_size)
     assert_twin(fast.swiglu(tensor(x), tw), spec.swiglu(x, w), "swiglu", tensor(x))
     table = spec.rotary_table(np.arange(4), backbone)
@@ -169,7 +169,7 @@ def test_decoder_layer(backbone, seed, past, n):
     keys, values = normal(rng, *shape), normal(rng, *shape)
     at = np.arange(past, past + n)
     table = spec.rotary_table(at, backbone)
-    args = (tensor(at)[None], on_device(table), to_tensors(w, torch.float64), backbone)
+    args = (tensor(at)[None], on_device(table), tensors(w, torch.float64), backbone)
     found = fast.decoder_layer(tensor(x), tensor(keys), tensor(values), *args)
     for b in range(B):
         expected = spec.decoder_layer(x[b], keys[b], values[b], at, table, w, backbone)
@@ -206,11 +206,11 @@ def test_float32_is_as_exact_as_the_reference_in_float32(backbone, seed):
     own = spec.decoder_layer(x32, none32, none32, at, table, w32, backbone)[0]
     assert own.dtype == np.float32
     t32 = tuple(t.float() for t in on_device(table))
-    tw = to_tensors(w, torch.float32)
+    tw = tensors(w, torch.float32)
     empty = tensor(none32)[None]
     found = fast.decoder_layer(
         tensor(x32)[None], empty, empty, tensor(at)[None], t32, tw, backbone
     )[0]
     allowed = YARDSTICK * (typical_error(own, exact) + np.finfo(np.float32).eps)
     assert found.dtype == torch.float32
-    assert_at_most(typical_error(found[0], exact), allowed, "decoder_layer")
+    assert_at_most(typical_error(found[0], exact), allowed, "decoder_layer", found)

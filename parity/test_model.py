@@ -23,6 +23,7 @@ from .assertions import (
     assert_near,
     largest_error,
 )
+from .device import tensor
 from .strategies import cases, nudged, random_model, seeds, widened
 
 
@@ -30,13 +31,13 @@ from .strategies import cases, nudged, random_model, seeds, widened
 def test_logits(case):
     config, seed, ids = case
     model = random_model(config, seed)
-    out = model(torch.tensor([ids]))
+    out = model(tensor([ids]))
     expected, _ = spec.forward(ids, stream.new_state(config), arrays_of(model), config)
     assert out.logits.dtype == torch.float64
     assert_logits(out.logits[0], expected, config, "forward")
-    last = model(torch.tensor([ids]), logits="last").logits
+    last = model(tensor([ids]), logits="last").logits
     assert_near(last[0], expected[-1:], "last")
-    assert model(torch.tensor([ids]), logits="none").logits is None
+    assert model(tensor([ids]), logits="none").logits is None
 
 
 @given(cases(), st.data())
@@ -56,7 +57,7 @@ def test_a_text_cut_by_any_plan(case, data):
         )
     )
     model = random_model(config, seed)
-    out = model(torch.tensor([ids]), chunk_sizes=plan)
+    out = model(tensor([ids]), chunk_sizes=plan)
     expected, state = spec.forward(
         ids, stream.new_state(config), arrays_of(model), config, chunk_sizes=plan
     )
@@ -70,10 +71,10 @@ def test_loss(case, seed):
     model = random_model(config, weights)
     rng = np.random.default_rng(seed)
     labels = np.where(rng.random(len(ids)) < 0.3, IGNORE, ids)
-    out = model(torch.tensor([ids]), labels=torch.tensor(labels)[None], logits="none")
+    out = model(tensor([ids]), labels=tensor(labels)[None], logits="none")
     logits, _ = spec.forward(ids, stream.new_state(config), arrays_of(model), config)
     expected = spec.language_loss(logits, labels)
-    twin = fast.language_loss(torch.tensor(logits)[None], torch.tensor(labels)[None])
+    twin = fast.language_loss(tensor(logits)[None], tensor(labels)[None])
     if (labels[1:] == IGNORE).all():
         assert math.isnan(out.loss.detach())
         assert math.isnan(twin)
@@ -99,7 +100,7 @@ def test_one_chunk_is_the_plain_decoder(case):
             hidden, none, none, at, rotary_table(at, backbone), weights, backbone
         )
     expected = spec.predict(hidden, params, config)
-    assert_near(model(torch.tensor([ids])).logits[0], expected, "fast")
+    assert_near(model(tensor([ids])).logits[0], expected, "fast")
     assert_near(
         spec.forward(ids, stream.new_state(config), params, config)[0], expected, "reference"
     )
@@ -112,7 +113,7 @@ def test_float32_is_as_exact_as_the_reference_in_float32(case):
     model = random_model(config, seed, torch.float32)
     params = map_parameters(lambda _, p: p.astype(np.float64), arrays_of(model))
     truth, _ = spec.forward(ids, stream.new_state(config), params, widened(config))
-    found = model(torch.tensor([ids])).logits
+    found = model(tensor([ids])).logits
     assert found.dtype == torch.float32
     own, epsilon = 0.0, float(np.finfo(np.float32).eps)
     for jitter in range(4):  # how far one rounding of the weights moves float32
@@ -121,4 +122,4 @@ def test_float32_is_as_exact_as_the_reference_in_float32(case):
         logits, _ = spec.forward(ids, stream.new_state(config, np.float32), moved, config)
         assert logits.dtype == np.float32
         own = max(own, largest_error(logits, truth))
-    assert_at_most(largest_error(found[0], truth), YARDSTICK * (own + 8 * epsilon), "logits")
+    assert_at_most(largest_error(found[0], truth), YARDSTICK * (own + 8 * epsilon), "logits", found)

@@ -16,6 +16,8 @@ from reference import parameters as spec
 
 from .strategies import configs, random_model, random_weights, seeds
 
+pytestmark = pytest.mark.host
+
 
 @given(configs(), seeds)
 def test_both_start_from_the_same_weights(config, seed):

@@ -17,6 +17,8 @@ from fast.tasks.passkey_recipe import LATE_WINDOWS, LONG, STAGES, Phase, Recipe,
 from fast.tasks.passkey_report import Part, Setting, join_parts, lower_bound, measure
 from fast.tasks.passkey_training import Trainer
 
+pytestmark = pytest.mark.host
+
 
 @pytest.mark.parametrize("variant", passkey.VARIANTS)
 @pytest.mark.parametrize("length", [300, 1024, 5001])

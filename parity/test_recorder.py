@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from fast import CoMeTModel, Recorder
 from fast.cupy_engine import CoMeTEngine
-from fast.parameters import to_tensors
 from fast.rows import KINDS
 from reference import global_memory, layers, stream
 from reference import model as spec
 
 from .assertions import array, assert_near, assert_state_equal
+from .device import tensor, tensors
 from .strategies import cases, pieces, random_weights, splits
 from .test_batches import padded
 
@@ -101,15 +101,14 @@ class Watched:
 
 
 def of_model(config, params):
-    model = CoMeTModel(config, to_tensors(params, torch.float64))
-    return model, torch.tensor
+    return CoMeTModel(config, tensors(params, torch.float64)), tensor
 
 
 def of_engine(config, params):
     return CoMeTEngine(config, params), np.array
 
 
-paths = pytest.mark.parametrize("path", [of_model, of_engine])
+paths = pytest.mark.parametrize("path", [of_model, pytest.param(of_engine, marks=pytest.mark.host)])
 
 
 def gathered(rounds, name, layer, i):
@@ -188,7 +187,7 @@ def test_recording_changes_nothing(path, case):
 
 def test_ages_are_unknown_where_the_recorder_came_late(make_config):
     model, _ = of_model(make_config(), random_weights(make_config(), 0))
-    text, recorder = torch.tensor([[1, 2, 3, 4, 5, 6]]), Recorder()
+    text, recorder = tensor([[1, 2, 3, 4, 5, 6]]), Recorder()
     state = model(text).state
     model(text, state=state, recorder=recorder)
     first = recorder.rounds[0].ages[0].tolist()

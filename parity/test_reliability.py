@@ -26,6 +26,8 @@ from fast.cupy_engine import CoMeTEngine
 from .assertions import assert_state_equal
 from .strategies import random_model, seeds
 
+pytestmark = pytest.mark.host
+
 CONFIG, MODEL = "config.json", "model.safetensors"
 
 

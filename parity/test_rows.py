@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -12,6 +13,8 @@ from fast.rows import count_round, lay_out
 from fast.stream import new_state
 
 from .strategies import backbones, memories
+
+pytestmark = pytest.mark.host
 
 COMPRESSION, READOUT = "C", "R"
 

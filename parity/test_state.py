@@ -13,6 +13,7 @@ from fast import CoMeTState
 from reference import stream
 
 from .assertions import array, arrays_of, assert_near, assert_same_stream, assert_state_equal
+from .device import tensor
 from .strategies import VOCAB, cases, random_model
 
 
@@ -25,12 +26,12 @@ def folder(tmp_path_factory):
 def test_save_and_load_change_nothing(folder, case):
     config, seed, ids = case
     model = random_model(config, seed)
-    state = model(torch.tensor([ids]), logits="none").state
+    state = model(tensor([ids]), logits="none").state
     path = folder / "state.safetensors"
     state.save(path)
     loaded = CoMeTState.load(path, model)
     assert_state_equal(loaded, state, "loaded")
-    more = torch.tensor([ids])
+    more = tensor([ids])
     expected = array(model(more, state=state).logits)
     assert_near(model(more, state=loaded).logits, expected, "logits after the loaded state")
     assert [p.name for p in folder.iterdir()] == ["state.safetensors"], "a temporary file was left"
@@ -42,12 +43,12 @@ def test_forks_go_on_alone(case, copies):
     config, seed, ids = case
     model = random_model(config, seed)
     params = arrays_of(model)
-    state = model(torch.tensor([ids]), logits="none").state
+    state = model(tensor([ids]), logits="none").state
     before = state.fork()
     branches = state.fork(copies)
     rng = np.random.default_rng(seed)
     questions = rng.integers(0, VOCAB, (copies, 5)).tolist()
-    after = model(torch.tensor(questions), state=branches, logits="none").state
+    after = model(tensor(questions), state=branches, logits="none").state
     _, read = stream.read(ids, stream.new_state(config), params, config)
     for i, question in enumerate(questions):
         _, expected = stream.read(question, read, params, config)
@@ -61,7 +62,7 @@ def test_forks_go_on_alone(case, copies):
 def test_detach_keeps_values_and_cuts_gradients(case):
     config, seed, ids = case
     model = random_model(config, seed)
-    state = model(torch.tensor([ids]), logits="none").state
+    state = model(tensor([ids]), logits="none").state
     cut = state.detach()
     assert_state_equal(cut, state, "detached")
     assert not any(t.requires_grad for t in (*cut.keys, *cut.global_state, *cut.temporary_memory))
@@ -72,20 +73,20 @@ def test_forgetting_the_queue_leaves_the_global_memory(case):
     config, seed, ids = case
     model = random_model(config, seed)
     params = arrays_of(model)
-    state = model.close_chunk(model(torch.tensor([ids]), logits="none").state)
+    state = model.close_chunk(model(tensor([ids]), logits="none").state)
     state = state.forget_temporary()
     _, expected = stream.read(ids, stream.new_state(config), params, config)
     expected = stream.close_chunk(expected, params, config)
     empty = tuple(t[:0] for t in expected.temporary_memory)
     expected = dataclasses.replace(expected, temporary_memory=empty)
     _, expected = stream.read(ids, expected, params, config)
-    after = model(torch.tensor([ids]), state=state, logits="none").state
+    after = model(tensor([ids]), state=state, logits="none").state
     assert_same_stream(after, 0, expected, config, "after forgetting")
 
 
 def state_and_model(make_config):
     model = random_model(make_config(), 1)
-    return model(torch.tensor([[1, 2, 3, 4, 5, 6]]), logits="none").state, model
+    return model(tensor([[1, 2, 3, 4, 5, 6]]), logits="none").state, model
 
 
 def test_a_damaged_or_foreign_file_is_refused(tmp_path, make_config):
@@ -146,8 +147,8 @@ def test_states_fit_models_of_an_equal_config(make_config):
     )
     scaling["factor"] = 3
     assert one.config == other.config
-    state = one(torch.tensor([[1, 2, 3]])).state
-    assert other(torch.tensor([[4]]), state=state).state.tokens[0] == 4
+    state = one(tensor([[1, 2, 3]])).state
+    assert other(tensor([[4]]), state=state).state.tokens[0] == 4
 
 
 def test_saving_over_a_state_replaces_it_whole(tmp_path, make_config, monkeypatch):
@@ -161,6 +162,6 @@ def test_saving_over_a_state_replaces_it_whole(tmp_path, make_config, monkeypatc
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        model(torch.tensor([[1]]), state=state).state.save(path)
+        model(tensor([[1]]), state=state).state.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

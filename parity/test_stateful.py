@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
@@ -21,6 +20,7 @@ from .assertions import (
     assert_same_stream,
     assert_state_equal,
 )
+from .device import tensor
 from .strategies import VOCAB, configs, random_model, seeds
 
 
@@ -51,14 +51,14 @@ class Streams(RuleBasedStateMachine):
     @rule(target=pairs, pair=pairs, n=st.integers(1, 12), seed=seeds)
     def feed(self, pair, n, seed):
         ids = np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
-        out = self.model(torch.tensor([ids]), state=pair[0])
+        out = self.model(tensor([ids]), state=pair[0])
         logits, expected = spec.forward(ids, pair[1], self.params, self.config)
         assert_logits(out.logits[0], logits, self.config, "feed")
         return self.same((out.state, expected), "feed")
 
     @rule(target=pairs, pair=pairs, token=st.integers(0, VOCAB - 1), n=st.integers(1, 6))
     def decode(self, pair, token, n):
-        out = self.model.generate(torch.tensor([[token]]), pair[0], max_new_tokens=n)
+        out = self.model.generate(tensor([[token]]), pair[0], max_new_tokens=n)
         new, expected = spec.generate([token], pair[1], self.params, self.config, n)
         assert out.ids == [new]
         return self.same((out.state, expected), "decode")

@@ -7,6 +7,8 @@ from reference import stream
 
 from .strategies import cases, queue_entries, random_weights
 
+pytestmark = pytest.mark.host
+
 
 def chunk(case):
     return case[0].memory.chunk_size

@@ -9,6 +9,7 @@ from fast import stream as fast
 from reference import stream as spec
 
 from .assertions import arrays_of, assert_near, assert_same_stream
+from .device import tensor
 from .strategies import cases, pieces, random_model, splits
 
 
@@ -21,7 +22,7 @@ def test_every_call_leaves_the_reference_s_state(case, data):
     state, expected = model.new_state(), spec.new_state(config)
     assert_same_stream(state, 0, expected, config, "before any text")
     for number, piece in enumerate(pieces(ids, data.draw(splits(len(ids))))):
-        out = model(torch.tensor([piece]), state=state, logits="none")
+        out = model(tensor([piece]), state=state, logits="none")
         state = out.state
         _, expected = spec.read(piece, expected, params, config)
         assert_same_stream(state, 0, expected, config, f"after call {number}")
@@ -36,7 +37,7 @@ def test_open_chunk(case):
     config, seed, ids = case
     model = random_model(config, seed)
     params = arrays_of(model)
-    state = model.close_chunk(model(torch.tensor([ids]), logits="none").state)
+    state = model.close_chunk(model(tensor([ids]), logits="none").state)
     expected = spec.close_chunk(
         spec.read(ids, spec.new_state(config), params, config)[1], params, config
     )
@@ -49,7 +50,7 @@ def test_what_read_yields_is_the_top_layer_s_output(case):
     config, seed, ids = case
     model = random_model(config, seed)
     expected, _ = spec.read(ids, spec.new_state(config), arrays_of(model), config)
-    rounds = list(fast.read(torch.tensor([ids]), model.new_state(), model.weights, config))
+    rounds = list(fast.read(tensor([ids]), model.new_state(), model.weights, config))
     assert_near(fast.join(rounds, len(ids))[0], expected, "hidden")
     assert sum(int(r.row.take) for r in rounds) == len(ids)
 
@@ -68,7 +69,7 @@ def test_memory_does_not_grow_with_the_text(case):
     bound = 8 * backbone.num_hidden_layers * (slots * backbone.hidden_size + row * width)
     state = model.new_state()
     for _ in range(3):
-        state = model(torch.tensor([ids]), state=state, logits="none").state
+        state = model(tensor([ids]), state=state, logits="none").state
         assert state.num_bytes <= bound
 
 
@@ -76,7 +77,7 @@ def test_memory_does_not_grow_with_the_text(case):
 def test_no_call_changes_its_arguments(case):
     config, seed, ids = case
     model = random_model(config, seed)
-    text = torch.tensor([ids])
+    text = tensor([ids])
     state = model(text, logits="none").state
     tensors = [*state.global_state, *state.temporary_memory, *state.keys, *state.values]
     before = [t.clone() for t in tensors]

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from fast import MemoryConfig
 from fast import temporary_memory as fast
-from fast.parameters import to_tensors
 from reference import temporary_memory as spec
 
 from .assertions import assert_near, assert_twin
+from .device import tensor, tensors
 from .strategies import seeds
 
 D = 4
@@ -34,8 +34,8 @@ def config(size):
 def test_queue_entries(seed, c):
     rng = np.random.default_rng(seed)
     w, x = weights(rng), rng.normal(0, 2, (2, c, D))
-    found = fast.queue_entries(torch.from_numpy(x), to_tensors(w, torch.float64), 1e-12)
-    assert_twin(found, spec.queue_entries(x, w, 1e-12), "queue_entries", torch.from_numpy(x))
+    found = fast.queue_entries(tensor(x), tensors(w, torch.float64), 1e-12)
+    assert_twin(found, spec.queue_entries(x, w, 1e-12), "queue_entries", tensor(x))
 
 
 @given(seeds, st.integers(1, 6), st.integers(0, 6), st.integers(0, 9))
@@ -44,9 +44,9 @@ def test_update_temporary(seed, size, old, new):
     w, old = weights(rng), min(old, size)
     queue, compression = rng.normal(size=(3, old, D)), rng.normal(size=(3, new, D))
     found = fast.update_temporary(
-        torch.from_numpy(queue),
-        torch.from_numpy(compression),
-        to_tensors(w, torch.float64),
+        tensor(queue),
+        tensor(compression),
+        tensors(w, torch.float64),
         config(size),
     )
     for b in range(3):
@@ -61,11 +61,11 @@ def test_update_temporary_of_a_ragged_batch_is_each_sequence_alone(seed, size, o
     olds, news = rng.integers(0, old + 1, 4), rng.integers(0, new + 1, 4)
     queue, compression = rng.normal(size=(4, old, D)), rng.normal(size=(4, new, D))
     found = fast.update_temporary(
-        torch.from_numpy(queue),
-        torch.from_numpy(compression),
-        to_tensors(w, torch.float64),
+        tensor(queue),
+        tensor(compression),
+        tensors(w, torch.float64),
         config(size),
-        (torch.from_numpy(olds)[:, None], torch.from_numpy(news)[:, None]),
+        (tensor(olds)[:, None], tensor(news)[:, None]),
     )
     for b in range(4):
         expected = spec.update_temporary(
@@ -82,14 +82,14 @@ def test_the_queue_keeps_exactly_the_newest(seed, size, pushes):
     made = rng.normal(size=(sum(pushes), D))
     entries = spec.queue_entries(made, w, config(size).temporary_norm_eps)
     spec_queue = np.zeros((0, D))
-    fast_queue = torch.zeros(1, 0, D, dtype=torch.float64)
+    fast_queue = tensor(np.zeros((1, 0, D)))
     start = 0
     for push in pushes:
         new = made[start : start + push]
         start += push
         spec_queue = spec.update_temporary(spec_queue, new, w, config(size))
         fast_queue = fast.update_temporary(
-            fast_queue, torch.from_numpy(new)[None], to_tensors(w, torch.float64), config(size)
+            fast_queue, tensor(new)[None], tensors(w, torch.float64), config(size)
         )
         expected = entries[max(0, start - size) : start]
         assert_near(spec_queue, expected, "reference T")
@@ -103,9 +103,9 @@ def test_the_norms_epsilon_is_its_own(seed):
     for eps in (1e-12, 1e-3):
         c = dataclasses.replace(config(5), temporary_norm_eps=eps)
         found = fast.update_temporary(
-            torch.zeros(1, 0, D, dtype=torch.float64),
-            torch.from_numpy(tiny),
-            to_tensors(w, torch.float64),
+            tensor(np.zeros((1, 0, D))),
+            tensor(tiny),
+            tensors(w, torch.float64),
             c,
         )
         assert_near(found[0], spec.update_temporary(np.zeros((0, D)), tiny[0], w, c), f"eps {eps}")

@@ -11,6 +11,8 @@ import pytest
 from fast import CoMeTModel
 from fast.cupy_engine import CoMeTEngine
 
+pytestmark = pytest.mark.host
+
 TWINS = ("chunking", "layers", "temporary_memory", "global_memory", "parameters", "stream", "model")
 
 ELSEWHERE = {
