@@ -16,6 +16,7 @@ from fast.cupy_engine.libraries import check_cupy
 
 from . import device
 from .assertions import NOTES
+from .homes import homes_of
 
 COMMON = {
     "deadline": None,
@@ -99,6 +100,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if not runs(item)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "home" in metafunc.fixturenames:
+        metafunc.parametrize("home", homes_of(metafunc), ids=lambda home: home.name)
 
 
 def pytest_runtest_setup() -> None:

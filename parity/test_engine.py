@@ -1,30 +1,20 @@
-"""The engine on arrays: the twins' equations and the stream's laws, on NumPy and on the standard.
+"""The engine on arrays: the twins' equations and the stream's laws, in the homes of `homes.py`."""
 
-`array_api_strict` has nothing beyond the Python array API standard, and devices between which no
-array moves unasked: what passes on its second device asks for nothing that only NumPy has, and
-leaves nothing on the host. CuPy follows the same standard.
-"""
-
-import dataclasses
-import importlib
 import inspect
 import sys
-from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import array_api_compat.numpy as numpy_namespace
 import array_api_strict
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from array_api_compat import is_numpy_array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, CoMeTState, MemoryConfig
-from fast.arrays import HALF_TYPES, dtype_name, dtype_of
+from fast.arrays import HALF_TYPES, dtype_name
 from fast.cupy_engine import CoMeTEngine, kernels, operations
 from fast.cupy_engine import global_memory as engine_global
 from fast.cupy_engine import layers as engine_layers
@@ -49,7 +39,7 @@ from .assertions import (
     relative_error,
     typical_error,
 )
-from .kernel_cases import emulated
+from .homes import KERNELS, NO_FLOAT64, NUMPY, STRICT
 from .strategies import (
     VOCAB,
     backbones,
@@ -66,57 +56,10 @@ from .test_half_types import even_weights
 
 pytestmark = pytest.mark.host
 
-array_api_strict.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Home:
-    """A library and a device of it, and whether its kernels run, emulated."""
-
-    name: str
-    xp: object
-    device: object
-    emulates: bool = False
-
-    def array(self, x, dtype=None):
-        x = np.asarray(x)
-        kind = dtype_of(self.xp, dtype or str(x.dtype))
-        return self.xp.asarray(x, dtype=kind, device=self.device)
-
-    def tree(self, weights, dtype=None):
-        return map_parameters(lambda _, x: self.array(x, dtype), weights)
-
-    def engine(self, config, weights, dtype=None):
-        return CoMeTEngine(config, self.tree(weights, dtype))
-
-    @contextmanager
-    def at_work(self):
-        """What an engine of this home is called in: where kernels are emulated, they run on NumPy's
-        arrays as they would on CuPy's."""
-        with ExitStack() as stack:
-            if self.emulates:
-                stack.enter_context(emulated())
-                stack.enter_context(patch.object(operations, "is_cupy_array", is_numpy_array))
-            yield
-
-
-NUMPY = Home("numpy", numpy_namespace, None)
-STRICT = Home("strict", array_api_strict, array_api_strict.Device("device1"))
-NO_FLOAT64 = Home("no float64", array_api_strict, array_api_strict.Device("no_float64"))
-KERNELS = Home("kernels", numpy_namespace, None, emulates=True)
 homes = pytest.mark.engine(NUMPY, STRICT)
 TEXT = torch.tensor([[1, 2, 3]])
 fewer = settings(max_examples=max(1, settings.default.max_examples // 2))
 """The laws have been tried on PyTorch too; here each is tried on two homes."""
-
-
-def pytest_generate_tests(metafunc):
-    """A test marked `engine` runs at home, or with --engine cupy on CuPy."""
-    if "home" in metafunc.fixturenames:
-        at = metafunc.definition.get_closest_marker("engine").args
-        if metafunc.config.getoption("engine") == "cupy":
-            at = [Home("cupy", importlib.import_module("array_api_compat.cupy"), 0)]
-        metafunc.parametrize("home", at, ids=lambda home: home.name)
 
 
 def normal(rng, *shape):

@@ -29,9 +29,11 @@ from reference.parameters import map_parameters, named_parameters, shapes
 
 from .assertions import ENGINE_GOLDEN, FAST_GOLDEN, REFERENCE_GOLDEN, allowed, array, assert_near
 from .device import DEVICE, tensor, tensors
+from .homes import NUMPY, STRICT
 from .test_gradients import STEP
 
 RECORDED = {
+    "test_logits_of_the_engine": "/logits_text_f64",
     "test_logits": "/logits_text_f64",
     "test_memories_after_every_chunk": "/mem_f64/",
     "test_loss_and_every_gradient": "/loss_f64",
@@ -126,8 +128,15 @@ def test_logits(golden, case, layout):
     assert_near(logits, data[key], f"{case}, reference logits", REFERENCE_GOLDEN)
     out = model(tensor(ids)[None].long(), chunk_sizes=sizes)
     assert_near(out.logits[0], data[key], f"{case}, fast logits", FAST_GOLDEN)
-    out = CoMeTEngine(config, params)(np.asarray(ids)[None], chunk_sizes=sizes)
-    assert_near(out.logits[0], data[key], f"{case}, engine logits", ENGINE_GOLDEN)
+
+
+@pytest.mark.host
+@pytest.mark.engine(NUMPY, STRICT)
+def test_logits_of_the_engine(home, golden, case, layout):
+    _, data, config, params, _ = setting(golden, case, layout)
+    ids = home.array(data["text_ids"][None].astype(np.int64))
+    out = home.engine(config, params)(ids, chunk_sizes=data["text_chunk_sizes"].tolist())
+    assert_near(out.logits, data[f"{layout}/logits_text_f64"][None], case, ENGINE_GOLDEN)
 
 
 def test_memories_after_every_chunk(golden, case, layout):

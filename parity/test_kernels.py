@@ -42,7 +42,7 @@ launch = kernels.run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(request):
+def emulation(request):
     """Kernels run on the CPU, or with --engine cupy on a GPU."""
     with on_gpu() if request.config.getoption("engine") == "cupy" else emulated():
         yield
