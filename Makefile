@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_DOCS := $(VENV)/.ready_docs
+SPHINX = $(BIN)/python -m sphinx -q --fail-on-warning --keep-going --doctree-dir build/doctrees docs
 
-.PHONY: help demo test bench bench-gpu lint thorough clean
+.PHONY: help demo test bench bench-gpu lint thorough docs links clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +31,22 @@ lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## remove the environment and the runs
-	rm -rf $(VENV) runs
+docs: $(READY_DOCS) ## the site, in build/site; a warning is an error, a dead link in the project too
+	$(SPHINX) build/site --builder html
+	$(SPHINX) build/links --builder linkcheck --define linkcheck_ignore=https?://
+	@echo "open build/site/index.html"
+
+links: $(READY_DOCS) ## ask every other site that the pages link to (needs a network)
+	$(SPHINX) build/links --builder linkcheck
+
+clean: ## remove the environment, the runs and the site
+	rm -rf $(VENV) runs build
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(READY_DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@

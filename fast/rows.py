@@ -94,7 +94,7 @@ class Row:
         """The row elsewhere, in one copy.
 
         Args:
-            function: gets all indices side by side, [r, *], and their widths, and returns them
+            function: gets all indices side by side, [r, ...], and their widths, and returns them
                 apart, as they are to be.
         """
         arrays = {name: x for name, x in vars(self).items() if x is not None}

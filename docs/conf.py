@@ -1,0 +1,102 @@
+"""How Sphinx makes the site: `make docs`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+
+project = "CoMeT"
+author = "The CoMeT memory contributors"
+copyright = author  # noqa: A001
+html_title = "CoMeT, said three times"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+templates_path: list[str] = []
+
+myst_heading_anchors = 3
+smartquotes_action = "D"  # dashes alone: in docstrings, quotes and three dots are code
+highlight_language = "none"  # indented blocks are equations and drawings
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Notebooks are stored without outputs, and run when the site is made; a cell that fails is an error.
+nb_execution_mode = "cache"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say shapes, which types do not
+autodoc_class_signature = "mixed"
+python_use_unqualified_type_names = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+default_role = "py:obj"  # `name` links to what it names, where that is documented
+
+# `make docs` leaves other sites alone; `make links` asks them too.
+linkcheck_timeout = 20
+linkcheck_workers = 4
+
+autodoc_default_options = {"members": True, "ignore-module-all": True, "no-value": True}
+SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:")
+
+
+def link_notebooks() -> None:
+    """Let Sphinx see the notebooks, which are beside this folder, from inside it."""
+    link, folder = HERE / "notebooks", HERE.parent / "notebooks"
+    if link.is_symlink():
+        link.unlink()
+    if any(folder.glob("*.ipynb")):
+        link.symlink_to(Path("..", "notebooks"), target_is_directory=True)
+
+
+def mark_equations(
+    app: Sphinx, what: str, name: str, thing: object, options: Any, lines: list[str]
+) -> None:
+    """Show as they stand: what a docstring indents outside its sections, and lines of equations."""
+    out: list[str] = []
+    in_section = False
+    for group in "\n".join(lines).strip("\n").split("\n\n"):
+        block = group.split("\n")
+        in_section = (in_section and block[0][:1].isspace()) or block[0].startswith(SECTIONS)
+        if not in_section and all(line.startswith("    ") for line in block):
+            out += ["::", ""]
+        elif not in_section and all(re.match(r"\S+ *= \S", line) for line in block):
+            out += ["::", ""]
+            block = [f"    {line}" for line in block]
+        out += [*block, ""]
+    lines[:] = out
+
+
+def leave_out(
+    app: Sphinx, what: str, name: str, thing: object, skip: bool, options: Any
+) -> bool | None:
+    """Of a module its `__all__`, in the order of the source, is shown, which is that of reading."""
+    if what != "module":
+        return None
+    module = sys.modules[app.env.current_document.autodoc_module]
+    return True if name not in getattr(module, "__all__", [name]) else None
+
+
+def setup(app: Sphinx) -> None:
+    """What is done besides: before napoleon takes the docstrings."""
+    link_notebooks()
+    app.connect("autodoc-process-docstring", mark_equations, priority=100)
+    app.connect("autodoc-skip-member", leave_out)
