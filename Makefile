@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready_docs
 SPHINX = $(BIN)/python -m sphinx -q --fail-on-warning --keep-going --doctree-dir build/doctrees docs
 
-.PHONY: help demo test bench bench-gpu lint thorough docs links clean
+.PHONY: help demo test bench bench-gpu lint thorough docs links pictures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ docs: $(READY_DOCS) ## the site, in build/site; a warning is an error, a dead li
 
 links: $(READY_DOCS) ## ask every other site that the pages link to (needs a network)
 	$(SPHINX) build/links --builder linkcheck
+
+pictures: $(READY) ## draw the pictures of docs/images anew
+	$(BIN)/python docs/pictures.py
 
 clean: ## remove the environment, the runs and the site
 	rm -rf $(VENV) runs build

@@ -1,39 +1,35 @@
-"""Draws pictures of the README and of docs/gpu.md: `python docs/pictures.py`."""
+"""Draws the pictures of the README and of the site: `make pictures`, or with names, only those."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-PARTS = ("GGG", "TTTT", "HHHHCHHHHCHHHHC", "RRR")
-"""One row: global and temporary memory, text with compression tokens, readout tokens."""
+from fast.drawing import COLOURS, save, style
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = {"G": "#0072B2", "T": "#E69F00", "H": "#DDDDDD", "C": "#F0C766", "R": "#56B4E9"}
-NAMES = {
-    "G": "global\nmemory",
-    "T": "temporary\nmemory",
-    "H": "text, and a compression token\nafter every s tokens",
-    "R": "readout\ntokens",
+IMAGES = Path(__file__).parent / "images"
+
+INK = COLOURS["ink"]
+KINDS = {
+    "G": COLOURS["global memory"],
+    "T": COLOURS["temporary memory"],
+    "H": COLOURS["text"],
+    "C": COLOURS["compression"],
+    "R": COLOURS["readout"],
 }
-HEIGHT = 1.0
+"""The colour of a slot, by its letter."""
 
 
-def draw_row(axes: Axes, y: float) -> dict[str, list[float]]:
-    """One row of slots from x = 0; returns the middles of each kind's slots."""
-    x = 0.0
-    middles: dict[str, list[float]] = {}
-    for part in PARTS:
-        for kind in part:
-            axes.add_patch(
-                Rectangle((x, y), 0.78, HEIGHT, fc=COLOURS[kind], ec="#333333", linewidth=0.6)
-            )
-            middles.setdefault(kind, []).append(x + 0.39)
-            x += 0.9
-        x += 0.6
-    return middles
+def draw_slot(axes: Axes, x: float, y: float, kind: str, side: float = 0.78) -> None:
+    """A square of a kind's colour, its lower left corner at a point."""
+    axes.add_patch(Rectangle((x, y), side, side, fc=KINDS[kind], ec=INK, linewidth=0.6))
 
 
 def draw_box(axes: Axes, left: float, right: float, y: float, text: str, colour: str) -> None:
@@ -49,7 +45,7 @@ def draw_box(axes: Axes, left: float, right: float, y: float, text: str, colour:
             lw=1.6,
         )
     )
-    axes.text((left + right) / 2, y, text, ha="center", va="center", fontsize=9)
+    axes.text((left + right) / 2, y, text, ha="center", va="center")
 
 
 def draw_arrow(axes: Axes, *points: tuple[float, float], colour: str) -> None:
@@ -63,38 +59,106 @@ def draw_arrow(axes: Axes, *points: tuple[float, float], colour: str) -> None:
     )
 
 
-def draw_rows(path: Path) -> None:
+def draw_grid(plt: Any) -> Any:
+    """Layers up, chunks to the right: text goes up, memory goes sideways."""
+    figure, axes = plt.subplots(figsize=(8, 4.9), layout="constrained")
+    layers, chunks, wide, high = 3, 4, 2.1, 1.2
+    for t in range(chunks):
+        x = 3.7 * t
+        middle = x + wide / 2
+        for token in range(4):
+            draw_slot(axes, x + 0.12 + 0.48 * token, -1.45, "H", 0.4)
+        axes.text(middle, -1.7, f"chunk {t}", ha="center", va="top")
+        for i in range(layers):
+            y = 2.1 * i
+            draw_arrow(axes, (middle, y - 0.9 - 0.15 * (i == 0)), (middle, y), colour=INK)
+            axes.add_patch(Rectangle((x, y), wide, high, fc="white", ec=INK, lw=1.2))
+            axes.text(middle, y + high / 2, f"layer {i + 1}", ha="center", va="center")
+            for kind, at in (("temporary memory", 0.82), ("global memory", 0.38)):
+                start = x + wide, y + at
+                draw_arrow(axes, start, (start[0] + 1.6, start[1]), colour=COLOURS[kind])
+        top = 2.1 * (layers - 1) + high
+        draw_arrow(axes, (middle, top), (middle, top + 0.9), colour=INK)
+        axes.text(middle, top + 1.0, "predictions", ha="center", va="bottom")
+    for i in range(layers):
+        axes.text(3.7 * chunks + 0.15, 2.1 * i + 0.6, "...", va="center")
+    words = "the first\nchunk has\nno memory"
+    axes.text(-0.35, 2.1 + 0.6, words, ha="right", va="center", style="italic")
+    first, last = -2.9, 3.7 * chunks - 1.6
+    draw_arrow(axes, (first, -1.2), (first, top + 0.9), colour=INK)
+    axes.text(first - 0.2, 2.5, "text goes up", ha="right", va="center", rotation=90)
+    draw_arrow(axes, (0, -3.0), (last, -3.0), colour=INK)
+    axes.text(last / 2, -3.15, "memory goes sideways, layer by layer", ha="center", va="top")
+    for at, (kind, words) in enumerate(
+        (
+            ("temporary memory", "temporary memory: a queue of recent detail"),
+            ("global memory", "global memory: slots that a gate keeps or renews"),
+        )
+    ):
+        y = top + 3.3 - 0.8 * at
+        draw_arrow(axes, (0, y), (1.3, y), colour=COLOURS[kind])
+        axes.text(1.6, y, words, va="center")
+    axes.set(xlim=(first - 0.9, 3.7 * chunks + 0.7), ylim=(-3.9, top + 3.7))
+    axes.axis("off")
+    return figure
+
+
+PARTS = ("GGG", "TTTT", "HHHHCHHHHCHHHHC", "RRR")
+"""One row: global and temporary memory, text with compression tokens, readout tokens."""
+
+NAMES = {
+    "G": "global\nmemory",
+    "T": "temporary\nmemory",
+    "H": "text, and a compression token\nafter every s tokens",
+    "R": "readout\ntokens",
+}
+
+
+def draw_row(axes: Axes, y: float) -> dict[str, list[float]]:
+    """One row of slots from x = 0; returns the middles of each kind's slots."""
+    x = 0.0
+    middles: dict[str, list[float]] = {}
+    for part in PARTS:
+        for kind in part:
+            draw_slot(axes, x, y, kind)
+            middles.setdefault(kind, []).append(x + 0.39)
+            x += 0.9
+        x += 0.6
+    return middles
+
+
+def draw_rows(plt: Any) -> Any:
     """Two rows of one layer, and how the first one's memories reach the second one."""
-    figure, axes = plt.subplots(figsize=(9.6, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     now, then = 5.6, 0.0
     slots = draw_row(axes, now)
     draw_row(axes, then)
     middle = {kind: (at[0] + at[-1]) / 2 for kind, at in slots.items()}
     for kind, name in NAMES.items():
-        axes.text(middle[kind], now + 1.2, name, ha="center", va="bottom", fontsize=9)
+        axes.text(middle[kind], now + 1.1, name, ha="center", va="bottom")
     for y, name in ((now, "chunk t"), (then, "chunk t + 1")):
-        axes.text(-0.6, y + 0.5, name, ha="right", va="center", fontsize=10)
+        axes.text(-0.6, y + 0.4, name, ha="right", va="center")
 
-    queue, gate = 4.0, 2.3
+    queue, gate = 4.0, 2.2
     left, right = slots["H"][0] - 0.4, slots["C"][-1] + 0.4
-    draw_box(axes, left, right, queue, "FIFO queue: the newest B entries stay", COLOURS["T"])
+    colour = KINDS["T"]
+    draw_box(axes, left, right, queue, "queue: the newest B entries stay", colour)
     for x in slots["C"]:
-        draw_arrow(axes, (x, now), (x, queue + 0.6), colour=COLOURS["T"])
+        draw_arrow(axes, (x, now), (x, queue + 0.6), colour=colour)
     x = middle["T"]
-    draw_arrow(axes, (left - 0.1, queue), (x, queue), (x, then + HEIGHT), colour=COLOURS["T"])
+    draw_arrow(axes, (left - 0.1, queue), (x, queue), (x, then + 0.8), colour=colour)
 
     last = slots["R"][-1] + 0.4
-    text = "gated update:  S  ←  g · S + (1 - g) · candidate"
-    draw_box(axes, left, last, gate, text, COLOURS["G"])
+    colour = KINDS["G"]
+    draw_box(axes, left, last, gate, "gate:  S  ←  g · S + (1 - g) · candidate", colour)
     for x in slots["R"]:
-        draw_arrow(axes, (x, now), (x, gate + 0.6), colour=COLOURS["G"])
+        draw_arrow(axes, (x, now), (x, gate + 0.6), colour=colour)
     x = middle["G"]
-    draw_arrow(axes, (left - 0.1, gate), (x, gate), (x, then + HEIGHT), colour=COLOURS["G"])
+    draw_arrow(axes, (left - 0.1, gate), (x, gate), (x, then + 0.8), colour=colour)
 
-    axes.set(xlim=(-4.0, last + 0.3), ylim=(then - 0.2, now + 2.6))
+    axes.set(xlim=(-4.4, last + 0.3), ylim=(then - 0.2, now + 3.0))
     axes.axis("off")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    return figure
 
 
 GROUP, NEW, MEMORY = 2, 24, 40
@@ -104,50 +168,127 @@ TILE_ROWS, WARP_ROWS, LANES = 16, 4, 32
 """Of the attention kernel: rows of a block, rows of a warp, and keys of a tile."""
 
 
-def draw_blocks(path: Path) -> None:
+def draw_blocks(plt: Any) -> Any:
     """What the blocks, warps and lanes of the attention kernel take of the scores."""
-    figure, axes = plt.subplots(figsize=(9.6, 5.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     rows, keys, block = GROUP * NEW, MEMORY + NEW, 1
     for row in range(rows):  # what a row sees: every key up to its own slot
         seen = MEMORY + row % NEW + 1
-        axes.add_patch(Rectangle((0, row), seen, 1, fc=COLOURS["H"], lw=0))
+        axes.add_patch(Rectangle((0, row), seen, 1, fc=COLOURS["text"], lw=0))
     top = block * TILE_ROWS
     for number in range(TILE_ROWS // WARP_ROWS):
-        y, colour = top + number * WARP_ROWS, COLOURS["R" if number % 2 else "G"]
+        y, colour = top + number * WARP_ROWS, KINDS["R" if number % 2 else "G"]
         axes.add_patch(Rectangle((0, y), keys, WARP_ROWS, fc=colour, alpha=0.45, lw=0))
-        axes.text(keys + 1, y + 2, f"warp {number}", va="center", fontsize=9)
+        axes.text(keys + 1, y + 2, f"warp {number}", va="center")
     for y in range(0, rows + 1, TILE_ROWS):
-        axes.plot([0, keys], [y, y], color="#333333", lw=1.6)
+        axes.plot([0, keys], [y, y], color=INK, lw=1.6)
     for x in range(0, keys + 1, LANES):
-        axes.plot([x, x], [0, rows], color="#333333", lw=0.8, ls=(0, (4, 3)))
+        axes.plot([x, x], [0, rows], color=INK, lw=0.8, ls=(0, (4, 3)))
     for number in range(rows // TILE_ROWS):
         y = (number + 0.5) * TILE_ROWS
-        axes.text(-1, y, f"block {number}\n16 rows", ha="right", va="center", fontsize=9)
+        axes.text(-1, y, f"block {number}\n16 rows", ha="right", va="center")
     for number in range(keys // LANES):
         x, name = (number + 0.5) * LANES, f"tile {number}: 32 keys, a lane each"
-        axes.text(x, -1, name, ha="center", va="bottom", fontsize=9)
+        axes.text(x, -1, name, ha="center", va="bottom")
     for head in range(GROUP):
         y, name = (head + 0.5) * NEW, f"query head {head}\n{NEW} new slots"
-        axes.text(keys + 15, y, name, ha="center", va="center", fontsize=9)
+        axes.text(keys + 17, y, name, ha="center", va="center")
         edges = [head * NEW + 0.4, (head + 1) * NEW - 0.4]
-        axes.plot([keys + 9.5] * 2, edges, color="#333333", lw=0.8)
-    draw_arrow(axes, (2, top + 8), (keys - 3, top + 8), colour=COLOURS["T"])
+        axes.plot([keys + 10.5] * 2, edges, color=INK, lw=0.8)
+    draw_arrow(axes, (2, top + 8), (keys - 3, top + 8), colour=KINDS["T"])
     words = "a block goes over the tiles, with a running maximum and sum for each row"
     axes.text(2, top + 5.6, words, fontsize=9)
-    x = MEMORY / 2
-    axes.text(
-        x, rows + 1.2, "memory, and what the chunk has read", ha="center", va="top", fontsize=9
-    )
-    axes.text(MEMORY + NEW / 2, rows + 1.2, "new slots", ha="center", va="top", fontsize=9)
-    axes.plot([MEMORY] * 2, [rows, rows + 1.5], color="#333333", lw=0.8)
-    axes.set(xlim=(-9, keys + 21), ylim=(rows + 4, -4))
+    axes.text(MEMORY / 2, rows + 1.2, "memory, and what the chunk has read", ha="center", va="top")
+    axes.text(MEMORY + NEW / 2, rows + 1.2, "new slots", ha="center", va="top")
+    axes.plot([MEMORY] * 2, [rows, rows + 1.5], color=INK, lw=0.8)
+    axes.set(xlim=(-9, keys + 24), ylim=(rows + 4, -4))
     axes.axis("off")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    return figure
+
+
+CHUNKS, ENTRIES, QUEUE = 12, 4, 10
+"""Chunks of the picture of memories, entries that each makes, and entries that a queue holds."""
+
+
+def held_by_queue() -> np.ndarray:
+    """[chunk that is read, chunk of origin]: share of the origin's entries in the queue."""
+    age = np.subtract.outer(np.arange(1, CHUNKS + 1), np.arange(CHUNKS))  # 1: the chunk before
+    return np.where(age > 0, np.clip(QUEUE / ENTRIES - (age - 1), 0, 1), 0)
+
+
+def held_by_slot(gates: np.ndarray) -> np.ndarray:
+    """[chunk that is read, chunk of origin]: share of the slot's content, with a gate a chunk."""
+    share, rows = np.zeros(CHUNKS), []
+    for t, gate in enumerate(gates):
+        new = np.eye(CHUNKS)[t]
+        share = new if t == 0 else gate * share + (1 - gate) * new
+        rows.append(share)
+    return np.array(rows)
+
+
+def draw_memories(plt: Any) -> Any:
+    """What the two memories hold of earlier chunks, while chunk after chunk is read."""
+    half = np.full(CHUNKS, 0.5)
+    shut = np.where(np.arange(CHUNKS) == 3, 0.0, 1.0)
+    panels = (
+        ("queue of 10 entries,\n4 from each chunk", "T", held_by_queue()),
+        ("global slot, its gate\nalways half open", "G", held_by_slot(half)),
+        ("global slot, its gate open\nfor chunk 3, then shut", "G", held_by_slot(shut)),
+    )
+    figure, all_axes = plt.subplots(
+        1, 3, figsize=(8, 3.3), layout="constrained", sharey=True, sharex=True
+    )
+    for axes, (title, kind, held) in zip(all_axes, panels, strict=True):
+        colours = LinearSegmentedColormap.from_list(kind, ["#F4F4F4", KINDS[kind]])
+        image = axes.imshow(
+            held.T, cmap=colours, vmin=0, vmax=1, origin="lower", extent=(0.5, 12.5, -0.5, 11.5)
+        )
+        axes.set(title=title, xlabel="while this chunk is read")
+        axes.set(xticks=range(1, CHUNKS + 1, 2), yticks=range(0, CHUNKS, 2))
+        axes.grid(visible=False)
+        bar = figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.9, aspect=30)
+        words = "share of its entries held" if kind == "T" else "share of the slot"
+        bar.set_label(words)
+        bar.set_ticks([0, 0.5, 1], labels=["none", "half", "all"])
+    all_axes[0].set_ylabel("held from this chunk")
+    return figure
+
+
+def draw_gate(plt: Any) -> Any:
+    """What is left of a slot after many chunks, for gates that are nearly shut."""
+    figure, axes = plt.subplots(figsize=(8, 3.3), layout="constrained")
+    chunks = np.geomspace(1, 8192, 400)
+    for gate, line, at in ((0.9, ":", 6), (0.99, "-.", 62), (0.999, "--", 620)):
+        axes.plot(chunks, gate**chunks, line, color=COLOURS["other"])
+        axes.text(at * 1.25, gate**at + 0.02, f"g = {gate}", color=COLOURS["other"])
+    axes.plot(chunks, np.ones_like(chunks), color=COLOURS["global memory"])
+    words = "g = 1, which only a saturation below 1 allows"
+    axes.text(1.2, 1.03, words, color=COLOURS["global memory"])
+    ticks = [1, 10, 100, 1000, 8192]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="chunks since the slot was written (8,192 chunks of 128 bytes: a million bytes)")
+    axes.set(ylabel="share that is left", xlim=(1, 8192), ylim=(0, 1.12))
+    return figure
+
+
+PICTURES: dict[str, Callable[[Any], Any]] = {
+    "grid": draw_grid,
+    "rows": draw_rows,
+    "memories": draw_memories,
+    "gate": draw_gate,
+    "blocks": draw_blocks,
+}
+"""SVG files by name: each function gets pyplot and returns a figure."""
+
+
+def main(names: list[str]) -> None:
+    """Draw pictures, all where none is named."""
+    for name in names or [*PICTURES]:
+        with style(name) as plt:
+            print(f"wrote {save(PICTURES[name](plt), IMAGES / f'{name}.svg')}")
 
 
 if __name__ == "__main__":
-    images = Path(__file__).parent / "images"
-    for name, draw in (("rows", draw_rows), ("blocks", draw_blocks)):
-        mpl.rcParams["svg.hashsalt"] = name  # the same file every time
-        draw(images / f"{name}.svg")
+    main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""How pictures look: one style, and colours that colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["COLOURS", "save", "style"]
+
+COLOURS = {
+    "global memory": "#0072B2",
+    "temporary memory": "#E69F00",
+    "text": "#DDDDDD",
+    "compression": "#F0C766",
+    "readout": "#56B4E9",
+    "other": "#D55E00",
+    "ink": "#333333",
+}
+"""What a colour stands for, in every picture. They are Okabe and Ito's, and two greys."""
+
+STYLE = {
+    "axes.edgecolor": COLOURS["ink"],
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10.5,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "savefig.dpi": 150,
+}
+
+
+@contextmanager
+def style(name: str = "picture") -> Iterator[Any]:
+    """matplotlib's pyplot, with our style as long as the block lasts.
+
+    Args:
+        name: of the picture, so that an SVG file is the same every time.
+    """
+    import matplotlib as mpl  # of the extra `commands`
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+        yield plt
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure, as PNG or SVG without a date, and close it."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return path
