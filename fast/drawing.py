@@ -36,7 +36,7 @@ STYLE = {
 
 @contextmanager
 def style(name: str = "picture") -> Iterator[Any]:
-    """matplotlib's pyplot, with our style as long as the block lasts.
+    """Pyplot of matplotlib, with our style as long as the block lasts.
 
     Args:
         name: of the picture, so that an SVG file is the same every time.
