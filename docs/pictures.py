@@ -12,9 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from fast.drawing import COLOURS, save, style
+from fast.bench import report as bench_report
+from fast.drawing import COLOURS, save_figure, style
+from fast.tasks import passkey_report
 
-IMAGES = Path(__file__).parent / "images"
+HERE = Path(__file__).parent
+IMAGES = HERE / "images"
 
 INK = COLOURS["ink"]
 KINDS = {
@@ -268,9 +271,30 @@ def draw_gate(plt: Any) -> Any:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="chunks since the slot was written (8,192 chunks of 128 bytes: a million bytes)")
+    axes.set(
+        xlabel="chunks since the slot was written (8,192 chunks of 128 bytes: a million bytes)"
+    )
     axes.set(ylabel="share that is left", xlim=(1, 8192), ylim=(0, 1.12))
     return figure
+
+
+def draw_lengths(path: Path) -> Path:
+    """Seconds against length, from the table of docs/performance.md."""
+    page = (HERE / "performance.md").read_text(encoding="utf-8")
+    table = page.split("<!-- length -->\n")[1].split("\n<!-- end -->")[0]
+    results: dict[str, dict[str, Any]] = {}
+    for line in table.splitlines()[2:]:
+        backbone, memory, tokens, ours, full, _ = (
+            cell.strip().replace(",", "") for cell in line.strip("|").split("|")
+        )
+        if tokens.isdecimal():  # the others are fitted
+            case = {"backbone": backbone, "memory": memory, "batch_size": 1}
+            found = results.setdefault(backbone, {"section": "length", "case": case, "result": {}})
+            speeds = {"ours": ours, "full attention": full}
+            seconds = {name: [int(tokens) / int(speed)] for name, speed in speeds.items()}
+            found["result"][tokens] = seconds
+    bench_report.draw([*results.values()], path)
+    return path
 
 
 PICTURES: dict[str, Callable[[Any], Any]] = {
@@ -285,9 +309,17 @@ PICTURES: dict[str, Callable[[Any], Any]] = {
 
 def main(names: list[str]) -> None:
     """Draw pictures, all where none is named."""
-    for name in names or [*PICTURES]:
-        with style(name) as plt:
-            print(f"wrote {save(PICTURES[name](plt), IMAGES / f'{name}.svg')}")
+    for name, draw in PICTURES.items():
+        if name in (names or PICTURES):
+            with style(name) as plt:
+                print(f"wrote {save_figure(draw(plt), IMAGES / f'{name}.svg')}")
+    if "lengths" in (names or ["lengths"]):
+        print(f"wrote {draw_lengths(IMAGES / 'lengths.svg')}")
+    if "passkey" in (names or ["passkey"]):  # what `python -m fast eval passkey --out` measured
+        for file in sorted((HERE / "results").glob("*.json")):
+            results, setting = passkey_report.load(file)
+            for path in passkey_report.draw(results, setting.variant, IMAGES):
+                print(f"wrote {path}")
 
 
 if __name__ == "__main__":

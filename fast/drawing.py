@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLOURS", "save", "style"]
+__all__ = ["COLOURS", "save_figure", "style"]
 
 COLOURS = {
     "global memory": "#0072B2",
@@ -20,7 +20,7 @@ COLOURS = {
 }
 """What a colour stands for, in every picture. They are Okabe and Ito's, and two greys."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": COLOURS["ink"],
     "axes.grid": True,
     "axes.spines.right": False,
@@ -50,7 +50,7 @@ def style(name: str = "picture") -> Iterator[Any]:
         yield plt
 
 
-def save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
     """Write a figure, as PNG or SVG without a date, and close it."""
     import matplotlib.pyplot as plt
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..drawing import COLOURS, save_figure, style
 from ..files import atomic_write
 from ..machine import machine
 from . import devices, speed
@@ -354,25 +355,25 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         results: of `run`; those of the section "length" are drawn.
         path: an SVG file.
     """
-    import matplotlib as mpl  # of the extra `commands`
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     found = _of(results, "length")
-    figure, panels = plt.subplots(
-        1, len(found), figsize=(3.4 * len(found), 3), layout="constrained", squeeze=False
-    )
-    for axes, r in zip(panels[0], found, strict=True):
-        times = {int(n): Timed(seconds) for n, seconds in r["result"].items()}
-        for name, style in (("ours", "o-"), ("full attention", "s--")):
-            axes.loglog(list(times), [t.median(name) for t in times.values()], style, label=name)
-        axes.set(xlabel="tokens", title=_name(r).replace(" | ", ", "))
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("seconds")
-    panels[0][0].legend()
-    figure.savefig(path)
-    plt.close(figure)
+    with style("lengths") as plt:
+        figure, panels = plt.subplots(
+            1, len(found), figsize=(8, 3), layout="constrained", squeeze=False
+        )
+        for axes, r in zip(panels[0], found, strict=True):
+            times = {int(n): Timed(seconds) for n, seconds in r["result"].items()}
+            for name, line, colour in (
+                ("ours", "o-", COLOURS["global memory"]),
+                ("full attention", "s--", COLOURS["other"]),
+            ):
+                medians = [timed.median(name) for timed in times.values()]
+                axes.loglog([*times], medians, line, color=colour, label=name)
+            axes.set(xlabel="tokens", title=_name(r).replace(" | ", ", "))
+            axes.set_xticks([*times], [f"{n // 1024}k" if n > 1000 else f"{n}" for n in times])
+            axes.minorticks_off()
+        panels[0][0].set_ylabel("seconds")
+        panels[0][0].legend()
+        save_figure(figure, path)
 
 
 def fill(page: Path, results: Sequence[dict[str, Any]]) -> None:

@@ -12,12 +12,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from reference.parameters import named_parameters, shapes
 
+from ..drawing import COLOURS, save_figure, style
 from ..files import atomic_write
 from ..machine import keep_memory, machine, peak_memory
 from . import passkey
@@ -31,6 +33,7 @@ __all__ = [
     "draw",
     "footer",
     "join_parts",
+    "load",
     "lower_bound",
     "measure",
     "save",
@@ -261,6 +264,12 @@ def save(results: Sequence[Measured], setting: Setting, path: Path) -> None:
     atomic_write(path, json.dumps(data, indent=1) + "\n")
 
 
+def load(path: Path) -> tuple[list[Measured], Setting]:
+    """Results and their setting, as `save` wrote them."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return [Measured(**result) for result in data["results"]], Setting(**data["setting"])
+
+
 def collect(lengths: Sequence[int], setting: Setting, path: Path | None) -> list[Measured]:
     """`measure`, with the results so far in a file (see `save`) after each length."""
     results: list[Measured] = []
@@ -282,48 +291,55 @@ def draw(results: Sequence[Measured], variant: str, folder: Path) -> list[Path]:
     Returns:
         The PNG files.
     """
-    import matplotlib as mpl  # of the extra `commands`
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     folder.mkdir(parents=True, exist_ok=True)
     lengths = [r.length for r in results]
     labels = [f"{n // 1024}k" if n < 2**20 else f"{n // 2**20}M" for n in lengths]
+    with style() as plt:
+        figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+        keys = results[0].keys
+        lost = keys - np.array([r.found for r in results]).T
+        _heat_map(axes, lost, keys)
+        axes.set_xticks(range(len(lengths)), labels)
+        axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
+        axes.set(xlabel="length of the text (bytes)", ylabel="depth of the key")
+        trials = lost.size * keys
+        axes.set_title(f"Pass keys found, {variant} task: {trials - lost.sum()} of {trials}")
+        heat = save_figure(figure, folder / f"passkey_{variant}.png")
 
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    share = np.array([r.found for r in results]).T / results[0].keys
-    image = axes.imshow(share, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    axes.set_xticks(range(len(lengths)), labels)
-    axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
-    axes.set(xlabel="length of the text (bytes)", ylabel="depth of the key")
-    axes.set_title(f"Pass key found, {variant} task, {results[0].keys} keys a cell")
-    for x, column in enumerate(share.T):
-        for y, value in enumerate(column):
-            colour = "white" if value < 0.5 else "black"
-            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=axes, label="share found")
-    heat = folder / f"passkey_{variant}.png"
-    figure.savefig(heat, dpi=150)
-    plt.close(figure)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+        seconds = [len(DEPTHS) * r.length / r.tokens_per_second for r in results]
+        left.loglog(lengths, seconds, "o-", color=COLOURS["global memory"])
+        left.set(xlabel="length (bytes)", ylabel="seconds for 11 texts", title="Time is linear")
+        peaks = [r.peak_bytes / 1e6 for r in results]
+        right.semilogx(lengths, peaks, "o-", color=COLOURS["global memory"])
+        right.set(xlabel="length (bytes)", ylabel="peak of a process (MB)", title="Memory is flat")
+        right.set_ylim(0, 1.25 * max(peaks))
+        for axis in (left, right):
+            axis.set_xticks(lengths, labels)
+            axis.minorticks_off()
+        return [heat, save_figure(figure, folder / f"passkey_{variant}_cost.png")]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    seconds = [len(DEPTHS) * r.length / r.tokens_per_second for r in results]
-    left.loglog(lengths, seconds, "o-")
-    left.set(xlabel="length (bytes)", ylabel="seconds for 11 texts", title="Time is linear")
-    right.semilogx(lengths, [r.peak_bytes / 1e6 for r in results], "o-")
-    right.set(
-        xlabel="length (bytes)", ylabel="peak memory of a process (MB)", title="Memory is flat"
-    )
-    right.set_ylim(0, 1.25 * max(r.peak_bytes for r in results) / 1e6)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.set_xticks(lengths, labels)
-        axis.minorticks_off()
-    curves = folder / f"passkey_{variant}_cost.png"
-    figure.savefig(curves, dpi=150)
-    plt.close(figure)
-    return [heat, curves]
+
+def _heat_map(axes: Any, lost: np.ndarray, keys: int) -> None:
+    """Keys lost, [depth, length]: a field without a loss is pale, so that a single loss is seen."""
+    import matplotlib as mpl  # of the extra `commands`
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    worst = min(keys, max(2, int(lost.max())))  # the scale ends where the losses do
+    colours = ["#F4F4F4", *mpl.colormaps["YlOrBr"](np.linspace(0.35, 0.95, worst))]
+    norm = BoundaryNorm(np.arange(worst + 2) - 0.5, worst + 1)
+    image = axes.imshow(lost, cmap=ListedColormap(colours), norm=norm, aspect="auto")
+    for (y, x), number in np.ndenumerate(lost):
+        colour = ("white" if 2 * number > worst else "black") if number else "#777777"
+        words = f"{keys - number}/{keys}"
+        axes.text(x, y, words, ha="center", va="center", fontsize=8, color=colour)
+    axes.grid(visible=False)
+    axes.set_xticks(np.arange(1, lost.shape[1]) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, lost.shape[0]) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", alpha=1)
+    axes.tick_params(which="minor", length=0)
+    step = -(-worst // 5)
+    axes.figure.colorbar(image, ax=axes, label="keys lost", ticks=range(0, worst + 1, step))
 
 
 def demo(folder: Path, lengths: Sequence[int] = LENGTHS, processes: int | None = None) -> None:
