@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,25 @@ def draw_gate(plt: Any) -> Any:
     return figure
 
 
+def draw_training(plt: Any) -> Any:
+    """The loss of docs/training.md, whose code is run."""
+    page = (HERE / "training.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)), names)
+    often = names["text"].bincount(minlength=256) / len(names["text"])
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    axes.plot(names["losses"], color=COLOURS["global memory"])
+    for loss, words in (
+        (np.log(256), "every byte is as likely as any other"),
+        (-float(often.xlogy(often).sum()), "knowing how often each byte occurs"),
+    ):
+        axes.axhline(loss, color=COLOURS["other"], linestyle="--", linewidth=1.2)
+        axes.text(99, loss + 0.08, words, ha="right", color=COLOURS["other"])
+    axes.set(xlabel="step, a window of 128 bytes of 16 texts", ylabel="loss, nats a byte")
+    axes.set(xlim=(0, 99), ylim=(0, 6.2))
+    return figure
+
+
 def draw_lengths(path: Path) -> Path:
     """Seconds against length, from the table of docs/performance.md."""
     page = (HERE / "performance.md").read_text(encoding="utf-8")
@@ -302,6 +322,7 @@ PICTURES: dict[str, Callable[[Any], Any]] = {
     "rows": draw_rows,
     "memories": draw_memories,
     "gate": draw_gate,
+    "training": draw_training,
     "blocks": draw_blocks,
 }
 """SVG files by name: each function gets pyplot and returns a figure."""
