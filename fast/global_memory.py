@@ -81,7 +81,7 @@ def read_global(state: Tensor, weights: Weights) -> Tensor:
 
     Args:
         state: [b, m, d].
-        weights: "adapter_down" [r, d], "adapter_up" [d, r].
+        weights: "adapter_down" [rank, d], "adapter_up" [d, rank].
 
     Returns:
         [b, m, d].

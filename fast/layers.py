@@ -55,7 +55,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The linear map x W^T + b over the last axis. Twin of `reference.layers.linear`.
+    """The linear map W x + b over the last axis. Twin of `reference.layers.linear`.
 
     Args:
         x: [..., i] any float dtype.
@@ -89,11 +89,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 def adapter(x: Tensor, weights: Weights) -> Tensor:
-    """The low-rank residual adapter: x + W_up (W_down x). Twin of `reference.layers.adapter`.
+    """The low-rank residual adapter: x + A_up (A_down x). Twin of `reference.layers.adapter`.
 
     Args:
         x: [..., d].
-        weights: "adapter_down" [r, d] and "adapter_up" [d, r].
+        weights: "adapter_down" [rank, d] and "adapter_up" [d, rank].
 
     Returns:
         [..., d].
@@ -244,7 +244,7 @@ def attention(
     positions: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(e)) v, a slot seeing every slot up to itself. Twin of
+    """softmax(<Q, K> / sqrt(e)) V, a slot seeing every slot up to itself. Twin of
     `reference.layers.attention`.
 
     Args:
@@ -265,7 +265,7 @@ def attention(
 
 
 def swiglu(x: Tensor, weights: Weights) -> Tensor:
-    """W_down (silu(W_gate x) * W_up x). Twin of `reference.layers.swiglu`.
+    """M_down (silu(M_gate x) * M_up x). Twin of `reference.layers.swiglu`.
 
     Args:
         x: [..., d].

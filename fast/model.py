@@ -46,7 +46,7 @@ __all__ = [
 
 
 def predict(hidden: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
-    """Logits: rms_norm(H') W^T, W the embedding table where tied. Twin of
+    """Logits: W rms_norm(H'), W the embedding table where tied. Twin of
     `reference.model.predict`.
 
     Args:
@@ -220,7 +220,7 @@ class CoMeTModel(nn.Module):
         """Read text.
 
         For reading alone use `torch.no_grad()`: with gradients on, what a backward pass needs is
-        kept, and memory grows with the text unless `backprop_chunks` cuts it.
+        kept, and memory grows with the text. To train on long texts, read them in several calls.
 
         Args:
             ids: [b, n] or [n] integer token ids in [0, vocab_size), padded at the right.
@@ -234,7 +234,8 @@ class CoMeTModel(nn.Module):
                 instead of the config's chunk size, all sequences alike. The first goes on with
                 the open chunk, if there is one; the last stays open.
             backprop_chunks: gradients are cut at every so many chunk borders of a stream, counted
-                from its start; None never cuts.
+                from its start; None never cuts. What a loss or logits depend on is kept all the
+                same.
             recorder: what watches, see `Recorder`.
 
         Returns:

@@ -17,7 +17,7 @@ def queue_entries(compression: Tensor, weights: Weights, eps: float) -> Tensor:
 
     Args:
         compression: [b, c, d], the layer's output at the compression tokens.
-        weights: "norm" [d], "adapter_down" [r, d], "adapter_up" [d, r].
+        weights: "norm" [d], "adapter_down" [rank, d], "adapter_up" [d, rank].
         eps: added to the mean square.
 
     Returns:

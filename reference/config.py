@@ -179,7 +179,7 @@ class MemoryConfig:
     """Text tokens s per compression token; 0 turns the temporary memory off."""
 
     adapter_rank: int = 8
-    """Rank r of the residual adapter of each memory."""
+    """Rank of the residual adapter of each memory."""
 
     gate: str = "scalar"
     """"scalar": one gate value per slot (published). "vector": one per slot and channel."""

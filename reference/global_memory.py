@@ -74,7 +74,7 @@ def read_global(state: Array, weights: Weights) -> Array:
 
     Args:
         state: [m, d], S.
-        weights: "adapter_down" [r, d], "adapter_up" [d, r].
+        weights: "adapter_down" [rank, d], "adapter_up" [d, rank].
 
     Returns:
         [m, d].

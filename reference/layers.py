@@ -59,7 +59,7 @@ def softmax(scores: Array, visible: Array) -> Array:
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """The linear map x W^T + b over the last axis.
+    """The linear map W x + b over the last axis.
 
     Args:
         x: [..., i].
@@ -92,11 +92,11 @@ def rms_norm(x: Array, weight: Array, eps: float | None) -> Array:
 
 
 def adapter(x: Array, weights: Weights) -> Array:
-    """The low-rank residual adapter of each memory: x + W_up (W_down x).
+    """The low-rank residual adapter of each memory: x + A_up (A_down x).
 
     Args:
         x: [..., d].
-        weights: "adapter_down" [r, d] and "adapter_up" [d, r].
+        weights: "adapter_down" [rank, d] and "adapter_up" [d, rank].
 
     Returns:
         [..., d].
@@ -167,7 +167,7 @@ def merge_heads(x: Array) -> Array:
 
 
 def attention(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
-    """softmax(q k^T / sqrt(e)) v, a slot seeing every slot of its row up to itself.
+    """softmax(<Q, K> / sqrt(e)) V, a slot seeing every slot of its row up to itself.
 
     Args:
         queries: [h, n, e] of the new slots, rotated.
@@ -186,7 +186,7 @@ def attention(queries: Array, keys: Array, values: Array, positions: Array) -> A
 
 
 def swiglu(x: Array, weights: Weights) -> Array:
-    """W_down (silu(W_gate x) * W_up x), with silu(y) = y * sigmoid(y).
+    """M_down (silu(M_gate x) * M_up x), with silu(y) = y * sigmoid(y).
 
     Args:
         x: [..., d].

@@ -47,7 +47,7 @@ def forward(
 
 
 def predict(hidden: Array, params: Weights, config: CoMeTConfig) -> Array:
-    """Logits: rms_norm(H') W^T, W the embedding table where tied.
+    """Logits: W rms_norm(H'), W the embedding table where tied.
 
     Args:
         hidden: [n, d], the top layer's output at text tokens.

@@ -88,7 +88,7 @@ def named_parameters(tree: Any) -> dict[str, Any]:
 def initialize(config: CoMeTConfig, rng: np.random.Generator) -> dict[str, Any]:
     """Random weights to start training from.
 
-    Norms start at one, biases at zero, everything else at N(0, 0.02), W_up of the adapters
+    Norms start at one, biases at zero, everything else at N(0, 0.02), A_up of the adapters
     included, as in the published code.
 
     Args:

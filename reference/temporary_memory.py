@@ -18,7 +18,7 @@ def queue_entries(compression: Array, weights: Weights, eps: float) -> Array:
 
     Args:
         compression: [c, d], C', the layer's output at the compression tokens.
-        weights: "norm" [d], "adapter_down" [r, d], "adapter_up" [d, r].
+        weights: "norm" [d], "adapter_down" [rank, d], "adapter_up" [d, rank].
         eps: added to the mean square.
 
     Returns:

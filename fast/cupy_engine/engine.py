@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 
 def predict(hidden: Array, params: Weights, config: CoMeTConfig) -> Array:
-    """Logits: rms_norm(H') W^T, W the embedding table where tied. Twin of
+    """Logits: W rms_norm(H'), W the embedding table where tied. Twin of
     `reference.model.predict`.
 
     Args:

@@ -93,7 +93,7 @@ def read_global(state: Array, weights: Weights) -> Array:
 
     Args:
         state: [b, m, d].
-        weights: "adapter_down" [r, d], "adapter_up" [d, r].
+        weights: "adapter_down" [rank, d], "adapter_up" [d, rank].
 
     Returns:
         [b, m, d].

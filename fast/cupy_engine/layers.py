@@ -84,7 +84,7 @@ def softmax(scores: Array, visible: Array) -> Array:
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """The linear map x W^T + b over the last axis. Twin of `reference.layers.linear`.
+    """The linear map W x + b over the last axis. Twin of `reference.layers.linear`.
 
     Args:
         x: [..., i] any float dtype.
@@ -123,11 +123,11 @@ def rms_norm(x: Array, weight: Array, eps: float | None) -> Array:
 
 
 def adapter(x: Array, weights: Weights) -> Array:
-    """The low-rank residual adapter: x + W_up (W_down x). Twin of `reference.layers.adapter`.
+    """The low-rank residual adapter: x + A_up (A_down x). Twin of `reference.layers.adapter`.
 
     Args:
         x: [..., d].
-        weights: "adapter_down" [r, d] and "adapter_up" [d, r].
+        weights: "adapter_down" [rank, d] and "adapter_up" [d, rank].
 
     Returns:
         [..., d].
@@ -244,7 +244,7 @@ def causal_mask(positions: Array, length: int) -> Array:
 
 @operation
 def attention(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
-    """softmax(q k^T / sqrt(e)) v, a slot seeing every slot up to itself. Twin of
+    """softmax(<Q, K> / sqrt(e)) V, a slot seeing every slot up to itself. Twin of
     `reference.layers.attention`.
 
     Args:
@@ -279,7 +279,7 @@ def silu_product(gate: Array, up: Array) -> Array:
 
 
 def swiglu(x: Array, weights: Weights) -> Array:
-    """W_down (silu(W_gate x) * W_up x). Twin of `reference.layers.swiglu`.
+    """M_down (silu(M_gate x) * M_up x). Twin of `reference.layers.swiglu`.
 
     Args:
         x: [..., d].

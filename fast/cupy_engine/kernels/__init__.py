@@ -256,7 +256,7 @@ def silu_product(gate: Array, up: Array) -> Array:
 
 
 def attention(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
-    """softmax(q k^T / sqrt(e)) v, a slot seeing every slot up to itself. Twin of
+    """softmax(<Q, K> / sqrt(e)) V, a slot seeing every slot up to itself. Twin of
     `reference.layers.attention`.
 
     Args:

@@ -1,5 +1,5 @@
 // Causal attention of new slots over their whole row, in one pass and without a score matrix:
-// out = softmax(q k^T / sqrt(e)) v, a slot seeing every key whose index is at most its position.
+// out = softmax(<Q, K> / sqrt(e)) V, a slot seeing every key whose index is at most its position.
 //
 // queries       [b, h, n, e] T, rotated, with h = k * group
 // keys, values  [b, k, l, e] T, finite also where no slot sees them; query head j reads key head

@@ -3,7 +3,7 @@
 //     candidate = rms_norm(R')
 //     g         = min(1, sigmoid(W_g [candidate ; S] + b_g) / saturation)
 //     S'        = g S + (1 - g) candidate, or the candidate on the first chunk; S where none closes
-//     G'        = S' + W_up (W_down S')
+//     G'        = S' + A_up (A_down S')
 //
 // state, readout      [b, m, d] T: S, read only where has_state is 1 or closes is 0; and R'
 // norm                [d] T
