@@ -19,6 +19,8 @@ from .faults import FAULTS
 from .test_kernel_faults import FAULTS as KERNEL_FAULTS
 from .test_kernel_faults import SEEN_BY_SANITIZERS
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = {
