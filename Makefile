@@ -32,7 +32,7 @@ lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/mypy
 
 docs: $(READY_DOCS) ## the site, in build/site; a warning is an error, a dead link in the project too
-	$(SPHINX) build/site --builder html
+	$(SPHINX) build/site --builder html --fresh-env
 	$(SPHINX) build/links --builder linkcheck --define linkcheck_ignore=https?://
 	@echo "open build/site/index.html"
 

@@ -76,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         device.choose(config.getoption("--device"))
         if config.getoption("engine") == "cupy":
+            os.environ["CUPY_TF32"] = "0"  # float32 is float32
             check_cupy()
     except (ImportError, ValueError) as error:
         raise pytest.UsageError(str(error)) from None
