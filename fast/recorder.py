@@ -67,7 +67,8 @@ class RecordedRound:
     stream's first chunk. NaN where the chunk does not close; no item where none does."""
 
     moved: list[np.ndarray] = field(default_factory=list)
-    """[b, m] |S_{t+1} - S_t| / |S_{t+1}| of each slot, NaN and absent as in `gate`."""
+    """[b, m] How far each slot of S moved: the length of its change over its new length. NaN and
+    absent as in `gate`."""
 
     attention: list[np.ndarray] = field(default_factory=list)
     """[b, h, w, 4] the attention of each query head of each text token of the round on the first
