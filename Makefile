@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready_docs
+READY_NOTEBOOKS := $(VENV)/.ready_notebooks
 SPHINX = $(BIN)/python -m sphinx -q --fail-on-warning --keep-going --doctree-dir build/doctrees docs
 
-.PHONY: help demo test bench bench-gpu lint thorough docs links pictures clean
+.PHONY: help demo test bench bench-gpu notebooks lint thorough docs links pictures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +23,9 @@ bench: $(READY) ## fill docs/performance.md anew; QUICK=1: a few rows, in minute
 
 bench-gpu: $(READY) ## fill docs/gpu-performance.md, on a GPU; QUICK=1: a few rows, the page stays
 	$(BIN)/python -m fast bench --device cuda $(if $(QUICK),--quick,--page docs/gpu-performance.md)
+
+notebooks: $(READY_NOTEBOOKS) ## open the teaching notebooks in JupyterLab
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 thorough: $(READY) ## the suite with 3,000 examples a property
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest parity/ -n auto -q
@@ -52,4 +56,8 @@ $(READY): pyproject.toml constraints.txt
 
 $(READY_DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+$(READY_NOTEBOOKS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
 	touch $@

@@ -43,6 +43,8 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
     **COMMON,
 )
+# Enough to see a law hold, while one waits.
+settings.register_profile("quick", max_examples=20, derandomize=True, database=None, **COMMON)
 settings.register_profile("thorough", max_examples=3000, **COMMON)
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
