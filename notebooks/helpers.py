@@ -8,12 +8,14 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 
 from fast.rows import KINDS
 
-__all__ = ["COLOURS", "KINDS", "check_law", "draw_slots", "name_kinds"]
+__all__ = ["COLOURS", "KINDS", "check_law", "draw_grid", "draw_slots", "name_kinds"]
 
 COLOURS = {
     "global": "#0072B2",
@@ -61,13 +63,26 @@ def draw_slots(
     axes.text(-0.4, y + 0.4, name, ha="right", va="center", fontsize=9)
 
 
-def name_kinds(axes: Axes, kinds: Sequence[str] = KINDS) -> None:
-    """Add a legend of kinds of slots above the axes."""
+def draw_grid(axes: Axes, kinds: np.ndarray) -> None:
+    """Draw a table of slots as coloured cells, row 0 at the top.
+
+    Args:
+        axes: where to draw.
+        kinds: [rows, columns] numbers in `KINDS`; -1 is left empty.
+    """
+    colours = ListedColormap(["white", *COLOURS.values()])
+    axes.pcolormesh(kinds, cmap=colours, vmin=-1, vmax=len(KINDS) - 1, ec="white", lw=0.6)
+    axes.set(aspect="equal")
+    axes.invert_yaxis()
+
+
+def name_kinds(axes: Axes, kinds: Sequence[str] = KINDS, y: float = 1.0) -> None:
+    """Add a legend of kinds of slots above the axes, which are 1 high."""
     boxes = [Patch(fc=COLOURS[kind], ec=INK, lw=0.6, label=kind) for kind in kinds]
     axes.legend(
         handles=boxes,
         loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
+        bbox_to_anchor=(0.5, y),
         ncols=len(kinds),
         frameon=False,
         fontsize=9,
