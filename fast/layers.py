@@ -211,6 +211,7 @@ def append_slots(past: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     Returns:
         [b, k, p + n, e]: after a row's own length, any finite value. `past` is not written to.
     """
+    new = new.to(past.dtype)  # under autocast a product is narrower than the row
     if positions.shape[0] == 1:
         return torch.cat([past, new], dim=2)
     index = positions[:, None, :, None].expand_as(new)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
-from .arrays import dtype_name, to_host
+from .arrays import FLOATS, dtype_name, to_host
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .inputs import (
     IGNORE,
@@ -135,7 +135,13 @@ class CoMeTModel(nn.Module):
     """
 
     def __init__(
-        self, config: CoMeTConfig, weights: dict[str, Any] | None = None, *, seed: int = 0
+        self,
+        config: CoMeTConfig,
+        weights: dict[str, Any] | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """A model of given weights, or a fresh one in float32 on PyTorch's default device.
 
@@ -144,9 +150,12 @@ class CoMeTModel(nn.Module):
             weights: nested dict of tensors under the names of `reference.parameters.shapes`,
                 which the model takes over; None starts at random.
             seed: of the random start.
+            device: to move the weights to; None leaves them where they are.
+            dtype: to convert them to, a floating one; None keeps theirs.
 
         Raises:
-            ValueError: weights that do not fit the config, or hold NaN or infinity.
+            ValueError: weights that do not fit the config, or hold NaN or infinity; a dtype that no
+                model computes in.
         """
         super().__init__()
         self.config = config
@@ -155,6 +164,9 @@ class CoMeTModel(nn.Module):
         else:
             check_weights(weights, config)
         self.weights = ParameterTree(weights)
+        if dtype is not None:
+            check_choice("dtype", str(dtype).removeprefix("torch."), FLOATS)
+        self.to(device=device, dtype=dtype)
 
     framework = "pt"
     """Whose tensors files are read as."""
@@ -378,14 +390,21 @@ class CoMeTModel(nn.Module):
         save_checkpoint(Path(folder), self.config, self.weights)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> CoMeTModel:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> CoMeTModel:
         """Read a model that `save_pretrained` wrote, or an official CoMeT checkpoint.
 
         Args:
             folder: with config.json and model.safetensors (or its shards and their index).
+            dtype: of the weights; None is the checkpoint's.
+            device: of the weights; None is the CPU.
 
         Returns:
-            The model on the CPU, in the checkpoint's dtype.
+            The model.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -393,4 +412,4 @@ class CoMeTModel(nn.Module):
                 hold NaN or infinity.
         """
         config, weights = load_checkpoint(Path(folder))
-        return cls(config, weights)
+        return cls(config, weights, device=device, dtype=dtype)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-from array_api_compat import array_namespace, device, size
+from array_api_compat import array_namespace, device, size, to_device
 
 from reference.config import CoMeTConfig, MemoryConfig
 
 from .arrays import Array, all_finite, dtype_name, take_rows
-from .checkpoints import read_state, write_state
+from .checkpoints import Layers, read_state, write_state
 from .rows import NEVER
 
 __all__ = ["CoMeTState"]
@@ -41,6 +41,23 @@ def fingerprint(config: CoMeTConfig) -> str:
     """Short name of a model's shape; states fit models of an equal config."""
     canonical = json.dumps(_plain(config.to_dict()), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _join(parts: Sequence[Array], axis: int | None) -> Array:
+    """Arrays [b, ...] one after the other, once each has been filled up along an axis with zeros
+    to the longest.
+    """
+    xp = array_namespace(*parts)
+    if axis is not None:
+        longest = max(part.shape[axis] for part in parts)
+        filled = []
+        for part in parts:
+            shape = list(part.shape)
+            shape[axis] = longest - shape[axis]
+            zeros = xp.zeros(tuple(shape), dtype=part.dtype, device=device(part))
+            filled.append(xp.concat([part, zeros], axis=axis))
+        parts = filled
+    return xp.concat(parts, axis=0)
 
 
 def _plain(value: Any) -> Any:
@@ -170,9 +187,53 @@ class CoMeTState:
             values=tuple(take_rows(v[:, :, :row, :], index) for v in self.values),
         )
 
-    def to(self, model: Model) -> CoMeTState:
-        """The same state in a model's library and dtype, on its device."""
-        return self.map_tensors(model.place)
+    @classmethod
+    def cat(cls, states: Sequence[CoMeTState]) -> CoMeTState:
+        """Streams that were read apart as one batch, to be read on side by side.
+
+        Args:
+            states: of one model, in one library and dtype, on one device.
+
+        Returns:
+            State whose batch size is the sum of theirs, in their order.
+
+        Raises:
+            ValueError: no states, or of several models.
+        """
+        if not states:
+            raise ValueError("states is empty; expected at least one state to join.")
+        models = sorted({state.model for state in states})
+        if len(models) > 1:
+            raise ValueError(
+                f"the states belong to models with configs {', '.join(models)}; join those of one."
+            )
+
+        def join(name: str, axis: int | None) -> Layers:
+            layers = zip(*(getattr(state, name) for state in states), strict=True)
+            return tuple(_join(parts, axis) for parts in layers)
+
+        counts: dict[str, Any] = {
+            name: np.concatenate([getattr(state, name) for state in states]) for name in COUNTS
+        }
+        return cls(
+            model=models[0],
+            **counts,
+            global_state=join("global_state", None),
+            temporary_memory=join("temporary_memory", 1),
+            keys=join("keys", 2),
+            values=join("values", 2),
+        )
+
+    def to(self, place: Model | Any) -> CoMeTState:
+        """The same state elsewhere.
+
+        Args:
+            place: a model or an engine, for its library, dtype and device; or a device of the
+                state's library, such as "cuda".
+        """
+        if hasattr(place, "place"):
+            return self.map_tensors(place.place)
+        return self.map_tensors(lambda t: to_device(t, place))
 
     def detach(self) -> CoMeTState:
         """The same state, through which no gradient flows back."""

@@ -143,6 +143,7 @@ def open_chunk(
         # A sequence without memories yet, beside ones that have: its row begins over these slots.
         joined = torch.cat(parts, dim=1)[:, :slots]  # [b, m + q, d]
         k, v = project_memory(joined, rotation, weights, config.backbone)
+        k, v = k.to(joined.dtype), v.to(joined.dtype)  # under autocast they are narrower
         keys.append(_where_rows(opens, _fit(k, longest), _fit(state.keys[i], longest)))
         values.append(_where_rows(opens, _fit(v, longest), _fit(state.values[i], longest)))
     return dataclasses.replace(state, row_length=row_length, keys=tuple(keys), values=tuple(values))

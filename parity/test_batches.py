@@ -1,11 +1,12 @@
 """A batch is what its members are alone: padding reaches no memory, position or loss."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fast import IGNORE
+from fast import IGNORE, CoMeTState
 from reference import model as spec
 from reference import stream
 
@@ -155,3 +156,31 @@ def test_select_and_fork_rearrange_a_batch(batch, seed):
     for i in range(2 * len(rows)):
         _, alone = stream.read(rows[i // 2], stream.new_state(config), params, config)
         assert_same_stream(forked, i, alone, config, "forked")
+
+
+@given(batches(), seeds)
+def test_streams_that_were_read_apart_go_on_side_by_side(batch, seed):
+    config, weights, lengths = batch
+    model = random_model(config, weights)
+    params = arrays_of(model)
+    rows, more = texts(lengths, weights), texts(lengths[::-1], seed)
+    states = [model(tensor([row]), logits="none").state for row in rows]
+    states = [CoMeTState.cat(states[:2]), *states[2:]]
+    joined = CoMeTState.cat(states)
+    sizes = [len(row) for row in more]
+    out = model(padded(more, 0), lengths=sizes, state=joined)
+    for i, (row, text) in enumerate(zip(rows, more, strict=True)):
+        _, alone = stream.read(row, stream.new_state(config), params, config)
+        assert_same_stream(joined, i, alone, config, f"joined, sequence {i}")
+        expected, alone = spec.forward(text, alone, params, config)
+        assert_logits(out.logits[i, : len(text)], expected, config, f"sequence {i}")
+        assert_same_stream(out.state, i, alone, config, f"sequence {i}")
+
+
+def test_what_cannot_be_joined_says_why(make_config):
+    one = random_model(make_config(), 0).new_state()
+    other = random_model(make_config(memory={"chunk_size": 5}), 0).new_state()
+    with pytest.raises(ValueError, match="states is empty; expected at least one"):
+        CoMeTState.cat([])
+    with pytest.raises(ValueError, match=r"configs .*, .*; join those of one"):
+        CoMeTState.cat([one, other])

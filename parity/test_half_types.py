@@ -37,7 +37,7 @@ from .assertions import (
     relative_error,
     typical_error,
 )
-from .device import tensor, tensors
+from .device import DEVICE, tensor, tensors
 from .strategies import VOCAB, cases, nudged, random_model, random_weights, seeds, widened
 
 half = pytest.mark.parametrize("dtype", HALF_TYPES)
@@ -340,3 +340,36 @@ def test_the_published_memory_setting():
             assert_same_stream(out.state, 0, state, config)
         else:
             assert_rounded(out.logits[0], expected, "published_text", dtype)
+
+
+@given(case=cases())
+def test_under_autocast_a_stream_errs_as_a_rounding_of_the_weights_does(case):
+    """Float32 weights, products in bfloat16: a text in two calls beside a short one, trained on and
+    decoded from. The state keeps float32."""
+    config, seed, ids = case
+    model = even_model(config, seed).float()
+    short, eps = -(-len(ids) // 2), torch.finfo(torch.bfloat16).eps
+    batch, lengths = tensor([ids, ids]), [len(ids), short]
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        first = model(batch, labels=batch, lengths=lengths)
+        second = model(batch, state=first.state, lengths=lengths)
+        model.generate(batch, second.state, 3)
+    for state in (first.state, second.state, model.close_chunk(second.state)):
+        tensors = (*state.keys, *state.values, *state.global_state, *state.temporary_memory)
+        assert {t.dtype for t in tensors} == {torch.float32}
+    assert first.loss.dtype == torch.float32
+    second.logits.float().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    params, wide = arrays_of(model.double()), widened(config)
+    for i, length in enumerate(lengths):
+        found = torch.cat([out.logits[i, :length] for out in (first, second)])
+        text = ids[:length] * 2
+        expected, *others = (
+            forward(text, stream.new_state(wide), weights, wide)[0]
+            for weights in (params, *(nudged(params, jitter, eps) for jitter in range(3)))
+        )
+        for error in (relative_error, typical_error):
+            own = max(error(other, expected) for other in others)
+            limit = HALF_YARDSTICK * (own + 8 * eps)
+            what = f"sequence {i}, {error.__name__}"
+            assert_at_most(error(found.double(), expected), limit, what, found)

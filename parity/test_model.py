@@ -4,11 +4,12 @@ import dataclasses
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fast import IGNORE
+from fast import IGNORE, CoMeTModel
 from fast import model as fast
 from reference import chunking, stream
 from reference import model as spec
@@ -17,13 +18,14 @@ from reference.parameters import map_parameters
 
 from .assertions import (
     YARDSTICK,
+    array,
     arrays_of,
     assert_at_most,
     assert_logits,
     assert_near,
     largest_error,
 )
-from .device import tensor
+from .device import DEVICE, tensor
 from .strategies import cases, nudged, random_model, seeds, widened
 
 
@@ -123,3 +125,20 @@ def test_float32_is_as_exact_as_the_reference_in_float32(case):
         assert logits.dtype == np.float32
         own = max(own, largest_error(logits, truth))
     assert_at_most(largest_error(found[0], truth), YARDSTICK * (own + 8 * epsilon), "logits", found)
+
+
+def test_a_model_comes_in_the_dtype_and_on_the_device_that_are_asked_for(make_config, tmp_path):
+    config = make_config()
+    fresh = CoMeTModel(config, seed=3, dtype=torch.bfloat16, device=DEVICE)
+    fresh.save_pretrained(tmp_path)
+    loaded = CoMeTModel.from_pretrained(tmp_path, dtype=torch.float64, device=DEVICE)
+    for model, dtype in ((fresh, torch.bfloat16), (loaded, torch.float64)):
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert {p.device for p in model.parameters()} == {DEVICE}
+    state = loaded(tensor([[1, 2, 3, 4, 5]])).state
+    there = state.to("cpu").to(DEVICE)
+    assert there.keys[0].device == DEVICE
+    assert_near(there.keys[0], array(state.keys[0]), "keys")
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match="dtype is '.*'; expected 'float64', 'float32',"):
+            CoMeTModel(config, dtype=dtype)
