@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 from pathlib import Path
 
 import torch
 
+from . import watch
 from .bench import devices as bench_devices
 from .bench import report as bench_report
+from .files import atomic_write
 from .machine import keep_memory
+from .model import CoMeTModel
 from .tasks import passkey, passkey_report, passkey_training
 
 
@@ -79,6 +83,25 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--threads", type=int, help="threads to compute with (default: all)")
     train.set_defaults(run=_train)
+
+    watching = commands.add_parser("watch", help="watch a model read a file, chunk by chunk",
+                                   description=watch.COMMAND)  # fmt: skip
+    watching.add_argument("file", type=Path, metavar="FILE", help="the text, of any bytes")
+    watching.add_argument("--model", metavar="FOLDER", help="a checkpoint of a model that reads "
+                          "bytes (default: the shipped pass-key model)")  # fmt: skip
+    watching.add_argument("--chunks", type=int, default=300, metavar="N", help="read at most N "
+                          "chunks of the file (default: %(default)s)")  # fmt: skip
+    watching.add_argument("--answer", type=int, default=8, metavar="N", help="let the model go on "
+                          "by at most N bytes, where the text is read to its end (default: "
+                          "%(default)s)")  # fmt: skip
+    watching.add_argument("--highlight", default=watch.HIGHLIGHT, metavar="PATTERN", help="regular "
+                          "expression of what to highlight (default: %(default)s)")  # fmt: skip
+    place = watching.add_mutually_exclusive_group()
+    place.add_argument("--port", type=int, default=8000, help="of 127.0.0.1, to serve the page "
+                       "on; 0 is any free one (default: %(default)s)")  # fmt: skip
+    place.add_argument("--html", type=Path, metavar="PAGE", help="write the page to this file "
+                       "instead of serving it")  # fmt: skip
+    watching.set_defaults(run=_watch)
     for command in (demo, measure):
         command.add_argument("--processes", type=int, help="processes of one thread each to share "
                              "the depths among (default: one a core)")  # fmt: skip
@@ -87,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _needed(args: argparse.Namespace) -> list[str]:
     """Packages of the extra `commands` that a command uses, matplotlib only where it draws."""
+    if args.command == "watch":
+        return []
     draws = (
         args.command == "demo"
         or (args.command == "eval" and args.out is not None)
@@ -137,6 +162,30 @@ def _bench(args: argparse.Namespace) -> None:
     print(f"\n{bench_report.footer(args.device)}")
     if args.page is not None:
         bench_report.fill(args.page, timed)
+
+
+def _watch(args: argparse.Namespace) -> None:
+    if args.model is None:
+        torch.set_num_threads(1)  # the shipped model is tiny: a second thread only costs
+
+    def document() -> str:
+        return watch.watch(
+            CoMeTModel.from_pretrained(args.model or passkey.SHIPPED),
+            args.file,
+            chunks=args.chunks,
+            answer=args.answer,
+            highlight=args.highlight,
+        )
+
+    if args.html is not None:
+        atomic_write(args.html, document())
+        print(f"wrote {args.html}")
+        return
+    with watch.PageServer(args.port) as server:  # a port that is taken is told before the reading
+        server.document = document().encode()
+        print(f"http://{watch.HOST}:{server.server_port}/ until Ctrl+C", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 def _train(args: argparse.Namespace) -> None:

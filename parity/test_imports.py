@@ -77,6 +77,13 @@ def test_a_command_says_what_to_install(words, missing, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_watching_needs_no_package_of_the_commands(tmp_path):
+    (tmp_path / "text").write_text("The pass key is 7.")
+    words = ["watch", str(tmp_path / "text"), "--html", str(tmp_path / "page.html")]
+    run = run_python(f"{BLOCKED}\nfrom fast.__main__ import main\nmain()", *words)
+    assert (run.returncode, run.stdout) == (0, f"wrote {words[-1]}\n"), run.stderr
+
+
 def test_help_needs_no_package_of_the_commands():
     run = run_python(f"{BLOCKED}\nfrom fast.__main__ import main\nmain()", "--help")
     assert run.returncode == 0, run.stderr

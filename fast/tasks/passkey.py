@@ -52,6 +52,9 @@ DISTRACTOR_SPACING = 1500
 
 VARIANTS = ("published", "prose")
 
+SHIPPED = Path(__file__).parent / "passkey_model"
+"""Folder of the model that comes with the package."""
+
 
 def encode(text: str | bytes) -> np.ndarray:
     """Bytes of a text as token ids, [n] int64 in [0, 256)."""
@@ -278,7 +281,7 @@ def load_model(
         folder: of a checkpoint; None is the model that comes with the package.
         engine: the engine's library, "cupy" or "numpy"; None is PyTorch's model.
     """
-    folder = Path(__file__).parent / "passkey_model" if folder is None else Path(folder)
+    folder = SHIPPED if folder is None else Path(folder)
     if engine is None:
         return CoMeTModel.from_pretrained(folder)
     return CoMeTEngine.from_pretrained(folder, library=engine)
