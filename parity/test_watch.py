@@ -1,9 +1,11 @@
 """The page that shows a model reading: what it tells is what the recorder saw, whoever wrote the
-text.
+text; and it opens and steps in a real browser.
 """
 
 import http.client
 import json
+import os
+import shutil
 import socket
 import threading
 from contextlib import contextmanager
@@ -13,6 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from fast import CoMeTModel, Recorder, watch
 from fast.__main__ import main
@@ -25,6 +32,12 @@ from .strategies import cases, random_model
 pytestmark = pytest.mark.host
 
 HOSTILE = b"</script><img src=x onerror=\"document.title='owned'\"><!--\xff\x00\xe2\x80\xae" * 3
+
+NONE = "\N{EN DASH}"
+"""Where a chunk is still open."""
+
+SHOWN = 0.0006
+"""Three decimals are shown, of the four digits that the page is given."""
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +234,138 @@ def test_a_model_of_other_tokens_is_refused(file, make_config):
     model = random_model(make_config(), 0)
     with pytest.raises(ValueError, match="the model has a vocabulary of 11; a byte-level one has"):
         watch.watch(model, file)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, or Chrome, and its driver."""
+    program = shutil.which("google-chrome") or shutil.which("chromium")
+    driver = shutil.which("chromedriver")
+    how = "the page is tested in a browser: run apt-get install chromium chromium-driver"
+    assert program, f"Chromium is missing; {how}"
+    assert driver, f"Chromium's driver is missing; {how}"
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for word in ("headless=new", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{word}")
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")
+    browser = webdriver.Chrome(options=options, service=Service(driver))
+    yield browser
+    browser.quit()
+
+
+def open_page(browser, url, width=1100):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get("about:blank")
+    browser.get(url)
+
+
+def press(browser, *keys):
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def shown(browser):
+    """What the page says of the chunk it stands at."""
+    script = """
+      const texts = (query) => [...document.querySelectorAll(query)].map((e) => e.textContent);
+      return {
+        where: texts("#where")[0], text: texts("#text .now")[0], keys: texts("#text .now mark"),
+        said: texts("#text .now ins").join(""), row: texts("#row")[0],
+        queue: texts("#queue span").map(Number),
+        gate: texts("#gate table:first-of-type td").map(Number),
+        moved: texts("#gate table:last-of-type td").map(Number),
+        attention: texts("#attention tbody td:not([aria-hidden])").map(Number),
+        charts: texts("#charts .line > :last-child").slice(1),
+      };
+    """
+    return browser.execute_script(script)
+
+
+def assert_shows(found, chunk, rounds, example):
+    """A chunk of the page, and the rounds of the recorder."""
+    text, last = watch.characters(example.text() + f" {example.key}.\n".encode()), rounds[-1]
+    start, end = 128 * chunk, 128 * chunk + sum(int(r.take[0]) for r in rounds)
+    assert found["where"].startswith(f"chunk {chunk + 1} of 8: bytes {start} to {end - 1}")
+    assert found["text"] == "".join(text[start:end])
+    assert found["row"] == "".join("GTxCR"[kind] for kind in last.kinds[0])
+    assert found["queue"] == last.ages[0].tolist()
+    gate = np.array([g[0, :, 0] for g in last.gate])
+    attention = np.array([heads_mean(rounds, layer).mean(axis=0) for layer in range(3)])
+    assert np.abs(np.array(found["gate"]) - gate.ravel()).max(initial=0) < SHOWN
+    assert (
+        np.abs(np.array(found["moved"]) - np.ravel([m[0] for m in last.moved])).max(initial=0)
+        < SHOWN
+    )
+    assert np.abs(np.array(found["attention"]) - attention.ravel()).max() < SHOWN
+    charts = [*(1 - gate.mean(axis=1) if len(gate) else [NONE] * 3), *attention[:, 0]]
+    for word, value in zip(found["charts"], charts, strict=True):
+        assert word == value if value == NONE else abs(float(word) - value) < SHOWN
+
+
+def test_the_page_steps_by_keyboard_and_slider(browser, model, file, example, recorded):
+    """Everything that it shows of each chunk is the recorder's; the key is marked, the answer too;
+    and nothing goes over the edge of a narrow window."""
+    with serving(watch.watch(model, file)) as server:
+        open_page(browser, f"http://127.0.0.1:{server.server_port}/")
+        assert "passkey.txt" in browser.title
+        for chunk, rounds in enumerate(recorded):
+            found = shown(browser)
+            assert_shows(found, chunk, rounds, example)
+            here = found["where"].endswith(", highlighted")
+            assert here == (chunk == example.key_start // 128)
+            assert "".join(found["keys"]) == here * f"The pass key is {example.key}"
+            assert found["said"] == (chunk == 7) * f" {example.key}.\n"
+            press(browser, Keys.ARROW_RIGHT)
+        for key, chunk in ((Keys.HOME, 0), (Keys.END, 7), (Keys.ARROW_LEFT, 6)):
+            press(browser, key)
+            assert_shows(shown(browser), chunk, recorded[chunk], example)
+
+        slider = browser.find_element(By.ID, "slider")
+        for keys, chunk in (
+            ((Keys.HOME,), 0),
+            ((Keys.ARROW_LEFT,), 0),
+            ((Keys.ARROW_RIGHT,) * 3, 3),
+            ((Keys.END,), 7),
+            ((Keys.ARROW_RIGHT,), 7),
+        ):
+            slider.send_keys(*keys)
+            assert_shows(shown(browser), chunk, recorded[chunk], example)
+        left = -slider.size["width"] // 2 + 8  # its middle is where the mouse goes first
+        ActionChains(browser).move_to_element_with_offset(slider, left, 0).click().perform()
+        assert_shows(shown(browser), 0, recorded[0], example)
+        browser.find_element(By.ID, "on").click()
+        assert_shows(shown(browser), 1, recorded[1], example)
+
+        for chunk in range(8):
+            open_page(browser, f"http://127.0.0.1:{server.server_port}/#{chunk + 1}", 400)
+            assert_shows(shown(browser), chunk, recorded[chunk], example)
+            wide = "return document.documentElement.scrollWidth > innerWidth"
+            assert not browser.execute_script(wide)
+        assert browser.get_log("browser") == []
+
+
+def test_a_written_page_is_the_one_that_is_served(browser, file, example, recorded, tmp_path):
+    """The file opens without a server."""
+    page = tmp_path / "page.html"
+    main(["watch", str(file), "--html", str(page)])
+    assert page.read_text() == watch.watch(CoMeTModel.from_pretrained(passkey.SHIPPED), file)
+    open_page(browser, page.as_uri())
+    press(browser, Keys.END)
+    assert_shows(shown(browser), 7, recorded[7], example)
+    assert browser.get_log("browser") == []
+
+
+def test_a_hostile_text_stays_text(browser, model, tmp_path):
+    file = tmp_path / "<img src=x>.txt"
+    file.write_bytes(HOSTILE)
+    (tmp_path / "page.html").write_text(watch.watch(model, file))
+    open_page(browser, (tmp_path / "page.html").as_uri())
+    assert browser.find_element(By.ID, "name").text == file.name
+    assert browser.find_elements(By.TAG_NAME, "img") == []
+    found = shown(browser)["text"]
+    assert found.startswith("</script><img src=x onerror=\"document.title='owned'\"><!--\\xff\\x00")
+    assert "\\u202e" in found
+    assert browser.title != "owned"
+    assert browser.get_log("browser") == []
