@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from fast import CoMeTModel, watch
 from fast.bench import report as bench_report
 from fast.drawing import COLOURS, save_figure, style
-from fast.tasks import passkey_report
+from fast.tasks import passkey, passkey_report
 
 HERE = Path(__file__).parent
 IMAGES = HERE / "images"
@@ -328,6 +333,25 @@ PICTURES: dict[str, Callable[[Any], Any]] = {
 """SVG files by name: each function gets pyplot and returns a figure."""
 
 
+def draw_watch(browser: str) -> Iterator[Path]:
+    """The page of `python -m fast watch` at the chunk with the key and at the last one, as
+    docs/watch.md makes it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        text, page = Path(folder, "key.txt"), Path(folder, "key.html")
+        text.write_bytes(passkey.Example(length=1000, depth=0.4, seed=3).text())
+        page.write_text(watch.watch(CoMeTModel.from_pretrained(passkey.SHIPPED), text))
+        for name, chunk, height in (("watch_key", 4, 1430), ("watch_answer", 8, 610)):
+            path = IMAGES / f"{name}.png"
+            options = ["headless", "hide-scrollbars", f"window-size=900,{height}"]
+            options += ["no-sandbox"] if os.geteuid() == 0 else []
+            words = [f"--{option}" for option in (*options, f"screenshot={path}")]
+            subprocess.run(
+                [browser, *words, f"{page.as_uri()}#{chunk}"], check=True, capture_output=True
+            )
+            yield path
+
+
 def main(names: list[str]) -> None:
     """Draw pictures, all where none is named."""
     for name, draw in PICTURES.items():
@@ -341,6 +365,12 @@ def main(names: list[str]) -> None:
             results, setting = passkey_report.load(file)
             for path in passkey_report.draw(results, setting.variant, IMAGES):
                 print(f"wrote {path}")
+    if "watch" in (names or ["watch"]):
+        browser = shutil.which("chromium")
+        if browser is None:
+            sys.exit("The page of `watch` is shown by Chromium: run apt-get install chromium.")
+        for path in draw_watch(browser):
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":
