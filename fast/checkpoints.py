@@ -1,7 +1,8 @@
 """Weights and states as files: safetensors and JSON, in and out.
 
 Nothing is ever unpickled and no code is run. Every file is written whole or not at all, with a
-digest of its arrays that is held against them when it is read. Arrays are read as PyTorch's ("pt") or as NumPy's ("np"), bfloat16 among them through ml_dtypes.
+digest of its arrays that is held against them when it is read. Arrays are read as PyTorch's ("pt")
+or as NumPy's ("np"), bfloat16 among them through ml_dtypes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The stream in PyTorch: twin of `reference/stream.py`, batched.
 
-A call becomes rounds (`chunking.plan_rounds`). In a round, `run_row` lays out the new slots of every
-sequence's open row (`rows.lay_out`) and runs them up the layers in one pass (`cells.run_layers`):
-text, compression tokens and, where chunks close, readout tokens. A state's tensors are never written to. Throughout,
-`params` are a model's weights under the names of `reference.parameters.shapes`, and `config` is its
-`CoMeTConfig`.
+A call becomes rounds (`chunking.plan_rounds`). In a round, `run_row` lays out the new slots of
+every sequence's open row (`rows.lay_out`) and runs them up the layers in one pass
+(`cells.run_layers`): text, compression tokens and, where chunks close, readout tokens. A state's
+tensors are never written to. Throughout, `params` are a model's weights under the names of
+`reference.parameters.shapes`, and `config` is its `CoMeTConfig`.
 """
 
 from __future__ import annotations
