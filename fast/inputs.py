@@ -6,7 +6,7 @@ arrays share them: arrays are any library's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,11 @@ __all__ = [
     "check_chunk_sizes",
     "check_count",
     "check_ids",
+    "check_kind",
     "check_labels",
     "check_lengths",
     "check_sampling",
+    "check_state",
     "check_stop_ids",
     "check_vocabulary",
     "zero_padding",
@@ -34,11 +36,32 @@ IGNORE = -100
 """Label of a token that is not predicted, as in PyTorch's cross entropy."""
 
 
+MOST = 2**62
+"""The largest count: what is added to it still is an int64."""
+
+
 def check_count(name: str, value: int, least: int) -> int:
-    """An integer of at least `least`, or a ValueError."""
+    """An integer of at least `least` and at most `MOST`, or a ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
+    if value > MOST:
+        raise ValueError(f"{name} is {value}; expected an integer of at most {MOST}.")
     return int(value)
+
+
+def check_kind(name: str, value: Any, kind: Any, wanted: str) -> None:
+    """Raise ValueError unless the value is of a class, or of one of a tuple of them.
+
+    Args:
+        wanted: the class, and where such a value comes from, in words.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is a {type(value).__name__}; expected {wanted}.")
+
+
+def check_state(state: Any) -> None:
+    """Raise ValueError unless it is a state at all; whether it fits, it tells itself."""
+    check_kind("state", state, CoMeTState, "a CoMeTState, such as out.state or model.new_state()")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -113,6 +136,7 @@ def check_call(
     check_vocabulary(ids, model.config.backbone.vocab_size)
     if state is None:
         state = model.new_state(ids.shape[0])
+    check_state(state)
     state.check(model.config, ids.shape[0], like)
     return ids, sizes, state
 
@@ -180,6 +204,7 @@ def check_chunk_sizes(chunk_sizes: Sequence[int], lengths: np.ndarray, n: int) -
         lengths: [b] tokens of each sequence, which must all be n.
         n: tokens of the call.
     """
+    check_kind("chunk_sizes", chunk_sizes, Iterable, "a list of sizes in tokens")
     found = [check_count("chunk_sizes", size, 1) for size in chunk_sizes]
     if sum(found) != n:
         raise ValueError(
@@ -202,9 +227,13 @@ def check_stop_ids(stop_ids: Collection[int]) -> frozenset[int]:
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError unless the arguments of `sampling.sample` are in range."""
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected a finite number, 0 for greedy.")
+    if not _is_number(temperature) or not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature!r}; expected a finite number, 0 for greedy.")
     if top_k is not None:
         check_count("top_k", top_k, 1)
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}; expected a number in (0, 1], or None.")
+    if top_p is not None and not (_is_number(top_p) and 0.0 < top_p <= 1.0):
+        raise ValueError(f"top_p is {top_p!r}; expected a number in (0, 1], or None.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

@@ -22,8 +22,10 @@ from .inputs import (
     check_choice,
     check_chunk_sizes,
     check_count,
+    check_kind,
     check_labels,
     check_sampling,
+    check_state,
     check_stop_ids,
 )
 from .layers import Weights, linear, rms_norm, take_slots, widen
@@ -158,13 +160,16 @@ class CoMeTModel(nn.Module):
                 model computes in.
         """
         super().__init__()
+        check_kind("config", config, CoMeTConfig, "a CoMeTConfig")
         self.config = config
         if weights is None:
+            check_count("seed", seed, 0)
             weights = initialize(config, np.random.default_rng(seed))
         else:
             check_weights(weights, config)
         self.weights = ParameterTree(weights)
         if dtype is not None:
+            check_kind("dtype", dtype, torch.dtype, "a dtype of PyTorch's, e.g. torch.float32")
             check_choice("dtype", str(dtype).removeprefix("torch."), FLOATS)
         self.to(device=device, dtype=dtype)
 
@@ -214,6 +219,7 @@ class CoMeTModel(nn.Module):
         Raises:
             ValueError: the state belongs to another model.
         """
+        check_state(state)
         state.check(self.config, state.batch_size, self.weights["norm"])
         return close_chunk(state, self.weights, self.config, recorder)
 
@@ -344,6 +350,8 @@ class CoMeTModel(nn.Module):
         check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
+        if generator is not None:
+            check_kind("generator", generator, torch.Generator, "PyTorch's, e.g. torch.Generator()")
         params, config, b = self.weights, self.config, len(ids)
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)

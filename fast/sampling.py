@@ -39,5 +39,6 @@ def sample(
         chances[:, top_k:] = 0
     if top_p is not None:
         likelier = chances.cumsum(dim=-1) - chances
-        chances = chances.masked_fill(likelier >= top_p * chances.sum(dim=-1, keepdim=True), 0)
+        share = max(top_p, least) * chances.sum(dim=-1, keepdim=True)  # the likeliest always stays
+        chances = chances.masked_fill(likelier >= share, 0)
     return tokens.gather(1, torch.multinomial(chances, 1, generator=generator))[:, 0]

@@ -143,8 +143,8 @@ class CoMeTState:
         Raises:
             ValueError: copies below 1.
         """
-        if copies < 1:
-            raise ValueError(f"copies is {copies}; expected at least 1.")
+        if isinstance(copies, bool) or not isinstance(copies, (int, np.integer)) or copies < 1:
+            raise ValueError(f"copies is {copies!r}; expected an integer of at least 1.")
         return self._take(np.repeat(np.arange(self.batch_size), copies))
 
     def select(self, rows: Sequence[int]) -> CoMeTState:
@@ -200,6 +200,8 @@ class CoMeTState:
         Raises:
             ValueError: no states, or of several models.
         """
+        if not isinstance(states, Sequence) or not all(isinstance(s, CoMeTState) for s in states):
+            raise ValueError("states is not a list of CoMeTState; expected one state or more.")
         if not states:
             raise ValueError("states is empty; expected at least one state to join.")
         models = sorted({state.model for state in states})

@@ -3,6 +3,8 @@ the state that was passed in as it was."""
 
 import pytest
 
+from fast import CoMeTModel, CoMeTState
+
 from .assertions import assert_state_equal
 from .device import DEVICE, tensor
 from .strategies import random_model
@@ -67,6 +69,22 @@ CALLS = [
     (lambda m, s: s.select([True]), r"rows is \[True\]; expected integer indices"),
     (lambda m, s: s.forget_temporary([1]), r"rows is \[1\]; expected 1 times True or False"),
     (lambda m, s: s.forget_temporary([True, False]), r"rows is \[True, False\]; expected 1 times"),
+    (lambda m, s: m(TEXT, state=m(TEXT)), "state is a CoMeTOutput; expected a CoMeTState, such as"),
+    (lambda m, s: m.close_chunk(3), "state is a int; expected a CoMeTState"),
+    (lambda m, s: m(TEXT, state=s, backprop_chunks=2**70), "backprop_chunks is .* at most"),
+    (lambda m, s: m(TEXT, state=s, chunk_sizes=6), "chunk_sizes is a int; expected a list"),
+    (lambda m, s: m(TEXT, state=s, lengths=[None]), "expected 1 integers"),
+    (lambda m, s: m.generate(TEXT, s, temperature="1"), "temperature is '1'; expected a finite"),
+    (lambda m, s: m.generate(TEXT, s, temperature=None), "temperature is None"),
+    (lambda m, s: m.generate(TEXT, s, temperature=1.0, top_p="1"), "top_p is '1'; expected a"),
+    (lambda m, s: m.generate(TEXT, s, generator=5), "generator is a int; expected PyTorch's"),
+    (lambda m, s: m.new_state(1.5), "batch_size is 1.5"),
+    (lambda m, s: s.fork(2.0), "copies is 2.0; expected an integer"),
+    (lambda m, s: CoMeTState.cat(s), "states is not a list of CoMeTState"),
+    (lambda m, s: CoMeTState.cat([s, 3]), "states is not a list of CoMeTState"),
+    (lambda m, s: CoMeTModel({}), "config is a dict; expected a CoMeTConfig"),
+    (lambda m, s: CoMeTModel(m.config, seed="a"), "seed is 'a'; expected an integer"),
+    (lambda m, s: CoMeTModel(m.config, dtype="float32"), "dtype is a str; expected a dtype of"),
 ]
 
 
@@ -112,3 +130,8 @@ def test_an_error_half_way_through_a_text_leaves_the_state(model, state, monkeyp
     with pytest.raises(RuntimeError, match="out of memory"):
         model(TEXT.repeat(1, 4), state=state)
     assert_state_equal(state, before, "the state passed in")
+
+
+def test_the_smallest_top_p_is_greedy(model, state):
+    greedy = model.generate(TEXT, state, 5).ids
+    assert model.generate(TEXT, state, 5, temperature=1.0, top_p=1e-46).ids == greedy

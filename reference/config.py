@@ -294,5 +294,7 @@ def _section(kind: type, data: Any) -> Any:
         f"{kind.__name__} has no field {', '.join(unknown)}; known are {', '.join(known)}.",
     )
     missing = sorted(f.name for f in fields if f.default is MISSING and f.name not in data)
-    _require(not missing, f"{kind.__name__} lacks {', '.join(missing)}; give every field.")
+    _require(
+        not missing, f"{kind.__name__} lacks {', '.join(missing)}; only fields with a default may."
+    )
     return kind(**data)

@@ -23,7 +23,9 @@ from ..inputs import (
     check_choice,
     check_chunk_sizes,
     check_count,
+    check_kind,
     check_sampling,
+    check_state,
     check_stop_ids,
 )
 from ..state import CoMeTState
@@ -124,6 +126,7 @@ class CoMeTEngine:
             ValueError: weights that do not fit the config, are not arrays of one library and
                 device, or hold NaN or infinity.
         """
+        check_kind("config", config, CoMeTConfig, "a CoMeTConfig")
         if not isinstance(weights, dict):
             raise ValueError(
                 f"weights is a {type(weights).__name__}; expected a nested dict of arrays. Of a "
@@ -247,6 +250,7 @@ class CoMeTEngine:
         Raises:
             ValueError: the state belongs to another model.
         """
+        check_state(state)
         state.check(self.config, state.batch_size, self.weights["norm"])
         return close_chunk(state, self.weights, self.config, recorder)
 
@@ -332,11 +336,9 @@ class CoMeTEngine:
         check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
-        if generator is not None and not isinstance(generator, np.random.Generator):
-            raise ValueError(
-                f"generator is a {type(generator).__name__}; expected NumPy's, e.g. "
-                "numpy.random.default_rng(0)."
-            )
+        if generator is not None:
+            wanted = "NumPy's, e.g. numpy.random.default_rng(0)"
+            check_kind("generator", generator, np.random.Generator, wanted)
         params, config, b = self.weights, self.config, ids.shape[0]
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
-from ..inputs import check_choice
+from ..inputs import check_choice, check_kind
 
 __all__ = ["check_cupy", "import_library"]
 
@@ -17,6 +18,7 @@ def import_library(library: str | Any) -> Any:
         ImportError: it is not installed, or finds no GPU.
         ValueError: the name is not known.
     """
+    check_kind("library", library, (str, ModuleType), "'cupy', 'numpy' or a module of the standard")
     name = library if isinstance(library, str) else library.__name__
     if name not in ("cupy", "numpy") and not isinstance(library, str):
         return library
