@@ -152,14 +152,14 @@ def pytest_runtest_call(item: pytest.Item):
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A line a law: its cases, and the comparison of all of them that came nearest to its limit."""
-    cases, nearest, on_host = defaultdict(int), defaultdict(list), set()
+    cases, nearest, placed = defaultdict(int), defaultdict(list), set()
     for report in (r for reports in terminalreporter.stats.values() for r in reports):
         notes = dict(getattr(report, "user_properties", ()))
         if "cases" in notes and report.when == "call" and not report.skipped:
             law = report.nodeid.split("[")[0].rpartition("/")[2].replace(".py", "")
             cases[law] += notes["cases"]
             nearest[law] += [notes["nearest"]] if notes["nearest"] else []
-            on_host |= {law} if notes["is_host"] else set()
+            placed |= set() if notes["is_host"] else {law}
     if not cases:
         return
     width = max(map(len, cases))
@@ -171,11 +171,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             error, limit = max(nearest[law], key=lambda pair: pair[0] / pair[1])
             line += f"  {error:8.1e}  {limit:8.1e}"
         terminalreporter.line(line)
-    rest = (
-        f"{len(on_host)} need no device" if device.is_host() else "those marked host are left out"
-    )
-    placed = len(cases) - len(on_host)
-    terminalreporter.line(f"laws that ran on {device.DEVICE}: {placed}; {rest}")
+    rest = "those marked host are left out"
+    if device.is_host():
+        rest = f"{len(cases) - len(placed)} need no device"
+    terminalreporter.line(f"laws that ran on {device.DEVICE}: {len(placed)}; {rest}")
 
 
 @pytest.fixture
