@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj
 
-from .arrays import Array, is_integer, to_host
+from .arrays import Array, all_finite, dtype_name, is_integer, to_host
 from .state import CoMeTState
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "check_kind",
     "check_labels",
     "check_lengths",
+    "check_logits",
     "check_sampling",
     "check_state",
     "check_stop_ids",
@@ -62,6 +63,19 @@ def check_kind(name: str, value: Any, kind: Any, wanted: str) -> None:
 def check_state(state: Any) -> None:
     """Raise ValueError unless it is a state at all; whether it fits, it tells itself."""
     check_kind("state", state, CoMeTState, "a CoMeTState, such as out.state or model.new_state()")
+
+
+def check_logits(largest: Array) -> None:
+    """Raise FloatingPointError unless each sequence's largest logit is a finite number.
+
+    Args:
+        largest: [b], NaN where a logit is.
+    """
+    if not all_finite(largest):
+        raise FloatingPointError(
+            f"logits are not finite numbers: a stream has left the range of {dtype_name(largest)}. "
+            "Read again, from a state that check_finite passes, in a wider dtype."
+        )
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from .inputs import (
     check_count,
     check_kind,
     check_labels,
+    check_logits,
     check_sampling,
     check_state,
     check_stop_ids,
@@ -344,6 +345,7 @@ class CoMeTModel(nn.Module):
             A `CoMeTGeneration`.
 
         Raises:
+            FloatingPointError: a stream has left its dtype's range, as float16's is left at 65,504.
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, sizes, state = check_call(self, ids, lengths, state)
@@ -364,6 +366,7 @@ class CoMeTModel(nn.Module):
                 last, state = part.last(last), part.state
             while running.any() and last is not None:
                 logits = predict(last, params, config)  # [b, vocab]
+                check_logits(logits.amax(dim=-1))
                 tokens = sample(logits, temperature, top_k, top_p, generator)
                 step: list[int | None] = [
                     token if run else None

@@ -260,6 +260,23 @@ class CoMeTState:
             )
         return dataclasses.replace(self, queue_length=np.where(forget, 0, self.queue_length))
 
+    def check_finite(self) -> None:
+        """Raise unless all numbers are finite: those of a stream that has left its dtype's range
+        are not, as happens first in float16. Reading does not ask, since that takes time; `save`
+        and `load` do.
+
+        Raises:
+            FloatingPointError: names the first tensor that holds NaN or infinity.
+        """
+        for name in TENSORS:
+            for layer, tensor in enumerate(getattr(self, name)):
+                if not all_finite(tensor):
+                    raise FloatingPointError(
+                        f"the state's {name} holds NaN or infinity in layer {layer}: a stream has "
+                        f"left the range of {dtype_name(tensor)}. Read again from an earlier state "
+                        "in a wider dtype."
+                    )
+
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file; an existing file is replaced whole or not at
         all.

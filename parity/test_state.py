@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fast import CoMeTState
+from fast.cupy_engine import CoMeTEngine
 from reference import stream
 
 from .assertions import array, arrays_of, assert_near, assert_same_stream, assert_state_equal
@@ -165,3 +166,23 @@ def test_saving_over_a_state_replaces_it_whole(tmp_path, make_config, monkeypatc
         model(tensor([[1]]), state=state).state.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("part", ["global_state", "temporary_memory", "keys", "values"])
+def test_a_stream_that_left_float16_is_noticed(part, make_config):
+    """On demand, and where a token is handed out; not before."""
+    model = random_model(make_config(), 0).half()
+    ids = tensor([[1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        state = model(ids).state
+    state.check_finite()
+    broken = list(getattr(state, part))
+    broken[1] = broken[1] * 1e6
+    state = dataclasses.replace(state, **{part: tuple(broken)})
+    with pytest.raises(FloatingPointError, match=f"{part} holds NaN or infinity in layer 1: a str"):
+        state.check_finite()
+    engine = CoMeTEngine.from_model(model.cpu(), library="numpy")
+    for reader, text in ((model, ids), (engine, array(ids))):
+        told = pytest.raises(FloatingPointError, match="logits are not finite numbers: .* float16")
+        with told, np.errstate(all="ignore"):
+            reader.generate(text, state.to(reader), 5)

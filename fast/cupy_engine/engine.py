@@ -24,6 +24,7 @@ from ..inputs import (
     check_chunk_sizes,
     check_count,
     check_kind,
+    check_logits,
     check_sampling,
     check_state,
     check_stop_ids,
@@ -329,6 +330,7 @@ class CoMeTEngine:
         with NumPy's generator.
 
         Raises:
+            FloatingPointError: a stream has left its dtype's range.
             MemoryError: as in a call.
             ValueError: an argument does not fit; the message says which, and what would.
         """
@@ -348,6 +350,7 @@ class CoMeTEngine:
             last, state = part.last(last), part.state
         while running.any() and last is not None:
             logits = to_host(predict(last, params, config))  # [b, vocab]
+            check_logits(logits.max(axis=-1))
             tokens = sample(logits, temperature, top_k, top_p, generator)
             step = [int(t) if run else None for t, run in zip(tokens, running, strict=True)]
             text = self.xp.asarray(tokens[:, None], dtype=self.xp.int64, device=self.device)
