@@ -9,7 +9,18 @@ stands, a value to save, load and fork. `fast.cupy_engine` says the same on CuPy
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
+try:
+    from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
+except ImportError as error:
+    import sys
+
+    other = getattr(sys.modules.get("reference"), "__file__", None)
+    if other is None or hasattr(sys.modules["reference"], "__path__"):
+        raise
+    raise ImportError(
+        f"{other} was imported in place of CoMeT's own package `reference`; rename that file, or "
+        "start Python from another folder."
+    ) from error
 
 if TYPE_CHECKING:
     from .inputs import IGNORE

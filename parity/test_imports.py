@@ -1,5 +1,6 @@
 """What an import brings with it, and what a command says when a package is missing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.host
+
+ROOT = Path(__file__).parent.parent
 
 BLOCKED = """
 import sys
@@ -88,3 +91,19 @@ def test_help_needs_no_package_of_the_commands():
     run = run_python(f"{BLOCKED}\nfrom fast.__main__ import main\nmain()", "--help")
     assert run.returncode == 0, run.stderr
     assert "demo" in run.stdout
+
+
+def test_a_file_of_the_same_name_as_a_package_is_named(tmp_path):
+    (tmp_path / "reference.py").write_text("MINE = 1")
+    (tmp_path / "script.py").write_text("import fast")
+    run = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    path = tmp_path / "reference.py"
+    told = f"ImportError: {path} was imported in place of CoMeT's own package `reference`; rename"
+    assert told in run.stderr

@@ -1,11 +1,13 @@
 """The strategies reach every corner that the design names: a property is as deep as its inputs."""
 
+import dataclasses
+
 import pytest
 from hypothesis import Phase, find, given, settings
 
-from reference import stream
+from reference import BackboneConfig, MemoryConfig, stream
 
-from .strategies import cases, queue_entries, random_weights
+from .strategies import cases, configs, queue_entries, random_weights
 
 pytestmark = pytest.mark.host
 
@@ -77,3 +79,23 @@ def test_the_queue_s_entries_are_counted_right(case):
     state = stream.read(ids, stream.new_state(config), params, config)[-1]
     kept = len(state.temporary_memory[0]) if config.memory.has_temporary else 0
     assert kept == min(entries(case), config.memory.temporary_memory_size)
+
+
+FIELDS = [
+    (part, field.name)
+    for part, kind in (("backbone", BackboneConfig), ("memory", MemoryConfig))
+    for field in dataclasses.fields(kind)
+    if field.name != "vocab_size"  # texts are drawn in one alphabet
+]
+
+
+@pytest.mark.parametrize(("part", "name"), FIELDS)
+def test_every_field_of_a_config_is_drawn(part, name):
+    """A field that is never drawn is never tested: a new gate, say, written wrong in one tree."""
+    seen = set()
+
+    def is_new(config):
+        seen.add(repr(getattr(getattr(config, part), name)))
+        return len(seen) > 1
+
+    find(configs(), is_new, settings=settings(max_examples=1000, database=None))
