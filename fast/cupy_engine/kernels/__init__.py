@@ -2,7 +2,7 @@
 `fast/global_memory.py`.
 
 Letters of shapes are as there. Arrays are on one device, and float32, float16 or bfloat16; what is
-not contiguous is copied first. Arithmetic is in float32. Each `.cu` file opens with its kernel's
+not contiguous is copied first. Arithmetic is in float32. Each ``.cu`` file opens with its kernel's
 contract. `fast/cupy_engine/operations.py` says when they run.
 """
 
