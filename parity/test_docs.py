@@ -192,6 +192,6 @@ def test_the_reference_of_the_site_names_every_public_name_once():
     import fast
 
     page = PAGES["docs/api/index.md"]
-    named = re.findall(r"auto(?:class|function|data):: (\w+)", page)
+    named = re.findall(r"(?:autoclass|autofunction|py:data):: (\w+)", page)
     assert sorted(named) == sorted(fast.__all__)
     assert all(dataclasses.is_dataclass(getattr(fast, n)) for n in named if n.endswith("Config"))
