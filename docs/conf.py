@@ -86,6 +86,16 @@ def mark_equations(
     lines[:] = out
 
 
+def keep_colons(
+    app: Sphinx, what: str, name: str, thing: object, options: Any, lines: list[str]
+) -> None:
+    """In a string under a field, what stands before a colon is no type, as napoleon has it."""
+    types = [line for line in lines if line.startswith(":type: ")]
+    if what in ("attribute", "data", "property") and types:
+        lines.remove(types[0])
+        lines[0] = f"{types[0].removeprefix(':type: ')}: {lines[0]}"
+
+
 def leave_out(
     app: Sphinx, what: str, name: str, thing: object, skip: bool, options: Any
 ) -> bool | None:
@@ -100,4 +110,5 @@ def setup(app: Sphinx) -> None:
     """What is done besides: before napoleon takes the docstrings."""
     link_notebooks()
     app.connect("autodoc-process-docstring", mark_equations, priority=100)
+    app.connect("autodoc-process-docstring", keep_colons, priority=900)
     app.connect("autodoc-skip-member", leave_out)
