@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
@@ -55,7 +57,9 @@ default_role = "py:obj"  # `name` links to what it names, where that is document
 linkcheck_timeout = 20
 linkcheck_workers = 4
 
-autodoc_default_options = {"members": True, "ignore-module-all": True, "no-value": True}
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True, "ignore-module-all": True}
+LONGEST_VALUE = 80  # characters, of a constant or a default
 SECTIONS = ("Args:", "Returns:", "Raises:", "Yields:")
 
 
@@ -96,6 +100,16 @@ def keep_colons(
         lines[0] = f"{types[0].removeprefix(':type: ')}: {lines[0]}"
 
 
+def shorten_values(app: Sphinx, doctree: nodes.document) -> None:
+    """A value that is longer than its name says little, and a path is another on each machine."""
+    for node in list(doctree.findall(addnodes.desc_annotation)):
+        if len(node.astext()) > LONGEST_VALUE or "Path(" in node.astext():
+            node.parent.remove(node)
+    for node in doctree.findall(nodes.inline):
+        if "default_value" in node["classes"] and len(node.astext()) > LONGEST_VALUE:
+            node.children = [nodes.Text("...")]
+
+
 def leave_out(
     app: Sphinx, what: str, name: str, thing: object, skip: bool, options: Any
 ) -> bool | None:
@@ -107,8 +121,9 @@ def leave_out(
 
 
 def setup(app: Sphinx) -> None:
-    """What is done besides: before napoleon takes the docstrings."""
+    """What is done besides: before and after napoleon takes the docstrings, and to its pages."""
     link_notebooks()
     app.connect("autodoc-process-docstring", mark_equations, priority=100)
     app.connect("autodoc-process-docstring", keep_colons, priority=900)
+    app.connect("doctree-read", shorten_values)
     app.connect("autodoc-skip-member", leave_out)
