@@ -134,8 +134,8 @@ def read(model: CoMeTModel, text: bytes, answer: int) -> tuple[list[Chunk], byte
 def characters(data: bytes) -> list[str]:
     r"""Text to show, one string a byte: a character stands at its first byte, "" at its others.
 
-    Bytes that are not UTF-8 are written out (``\xff``), and so are characters that would not show or
-    would change what is around them (``\u202e``); line breaks and tabs stay.
+    Bytes that are not UTF-8 are written out (``\xff``), and so are characters that would not show
+    or would change what is around them (``\u202e``); line breaks and tabs stay.
     """
     shown = []
     for character in data.decode("utf-8", "surrogateescape"):
