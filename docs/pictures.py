@@ -82,7 +82,7 @@ def draw_grid(plt: Any) -> Any:
             y = 2.1 * i
             draw_arrow(axes, (middle, y - 0.9 - 0.15 * (i == 0)), (middle, y), colour=INK)
             axes.add_patch(Rectangle((x, y), wide, high, fc="white", ec=INK, lw=1.2))
-            axes.text(middle, y + high / 2, f"layer {i + 1}", ha="center", va="center")
+            axes.text(middle, y + high / 2, f"layer {i}", ha="center", va="center")
             for kind, at in (("temporary memory", 0.82), ("global memory", 0.38)):
                 start = x + wide, y + at
                 draw_arrow(axes, start, (start[0] + 1.6, start[1]), colour=COLOURS[kind])
@@ -136,6 +136,16 @@ def draw_row(axes: Axes, y: float) -> dict[str, list[float]]:
     return middles
 
 
+def draw_memory(
+    axes: Axes, middle: float, box: float, y: float, rows: tuple[float, float], colour: str
+) -> None:
+    """Arrows from a memory's slots in the first row into a box, and out of it to the second row."""
+    now, then = rows
+    enters, leaves = middle + 0.3, middle - 0.3
+    draw_arrow(axes, (enters, now), (enters, y + 0.25), (box, y + 0.25), colour=colour)
+    draw_arrow(axes, (box, y - 0.25), (leaves, y - 0.25), (leaves, then + 0.8), colour=colour)
+
+
 def draw_rows(plt: Any) -> Any:
     """Two rows of one layer, and how the first one's memories reach the second one."""
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
@@ -154,16 +164,14 @@ def draw_rows(plt: Any) -> Any:
     draw_box(axes, left, right, queue, "queue: the newest B entries stay", colour)
     for x in slots["C"]:
         draw_arrow(axes, (x, now), (x, queue + 0.6), colour=colour)
-    x = middle["T"]
-    draw_arrow(axes, (left - 0.1, queue), (x, queue), (x, then + 0.8), colour=colour)
+    draw_memory(axes, middle["T"], left - 0.1, queue, (now, then), colour)
 
     last = slots["R"][-1] + 0.4
     colour = KINDS["G"]
-    draw_box(axes, left, last, gate, "gate:  S  ←  g · S + (1 - g) · candidate", colour)
+    draw_box(axes, left, last, gate, "gate:  g · old + (1 - g) · new", colour)
     for x in slots["R"]:
         draw_arrow(axes, (x, now), (x, gate + 0.6), colour=colour)
-    x = middle["G"]
-    draw_arrow(axes, (left - 0.1, gate), (x, gate), (x, then + 0.8), colour=colour)
+    draw_memory(axes, middle["G"], left - 0.1, gate, (now, then), colour)
 
     axes.set(xlim=(-4.4, last + 0.3), ylim=(then - 0.2, now + 3.0))
     axes.axis("off")
@@ -241,7 +249,7 @@ def draw_memories(plt: Any) -> Any:
     shut = np.where(np.arange(CHUNKS) == 3, 0.0, 1.0)
     panels = (
         ("queue of 10 entries,\n4 from each chunk", "T", held_by_queue()),
-        ("global slot, its gate\nalways half open", "G", held_by_slot(half)),
+        ("global slot, its gate\nalways half open (g = 0.5)", "G", held_by_slot(half)),
         ("global slot, its gate open\nfor chunk 3, then shut", "G", held_by_slot(shut)),
     )
     figure, all_axes = plt.subplots(
