@@ -28,7 +28,7 @@ def _expect(words: str, fits: Callable[[Any], bool]) -> Check:
     return lambda value: None if fits(value) else words
 
 
-MOST = 2**31 - 1
+MOST = 2**48
 """The largest size: more is a damaged file, and overflows what counts in 64 bits."""
 
 
