@@ -28,6 +28,7 @@ from reference.parameters import map_parameters
 
 from .assertions import (
     HALF_YARDSTICK,
+    TOLERANCE,
     YARDSTICK,
     array,
     assert_at_most,
@@ -216,11 +217,25 @@ def test_chunks_by_hand(home, case, data):
 @given(batch=batches(), fill=st.sampled_from([0, VOCAB - 1, -7, 10**6]), closes=st.booleans())
 def test_a_ragged_batch_is_each_sequence_alone(home, batch, fill, closes):
     """Twice in a row, with lengths of its own each time, closed by hand or not; then selected and
-    forked."""
+    forked. Random weights blow a rounding up from chunk to chunk: what one does to the reference is
+    the yardstick beside the tolerance."""
     config, seed, lengths = batch
     params = random_weights(config, seed)
     engine, state = home.engine(config, params), None
     alone = [stream.new_state(config) for _ in lengths]
+    rounded = [nudged(params, i, np.finfo(np.float64).eps) for i in range(2)]
+    moved = [[stream.new_state(config) for _ in lengths] for _ in rounded]
+
+    def limit(i, expected=(), others=()):
+        def memories(one):
+            return (*one.global_state, *one.temporary_memory)
+
+        pairs = [(other, expected) for other in others]
+        for states in moved:
+            pairs += zip(memories(states[i]), memories(alone[i]), strict=True)
+        own = max((largest_error(a, b) for a, b in pairs), default=0.0)
+        return max(TOLERANCE, YARDSTICK * own)
+
     for call in range(2):
         rows = texts(lengths if call == 0 else lengths[::-1], [seed, call])
         ids, sizes = home.array(padded(rows, fill, extra=call).numpy()), list(map(len, rows))
@@ -229,22 +244,30 @@ def test_a_ragged_batch_is_each_sequence_alone(home, batch, fill, closes):
         state = out.state
         for i, row in enumerate(rows):
             expected, alone[i] = spec.forward(row, alone[i], params, config)
-            what = f"call {call}, sequence {i}"
+            others = []
+            for weights, states in zip(rounded, moved, strict=True):
+                other, states[i] = spec.forward(row, states[i], weights, config)
+                others.append(other)
+            what, near = f"call {call}, sequence {i}", limit(i, expected, others)
             logits = array(out.logits)[i]
-            assert_logits(logits[: len(row)], expected, config, what)
+            assert_logits(logits[: len(row)], expected, config, what, near)
             assert (logits[len(row) :] == 0).all(), "padding has no logits"
-            assert_near(array(last)[i, 0], expected[-1], f"{what}, last")
-            assert_same_stream(state, i, alone[i], config, what)
+            assert_near(array(last)[i, 0], expected[-1], f"{what}, last", near)
+            assert_same_stream(state, i, alone[i], config, what, near)
         if closes:
             state = engine.close_chunk(state)
             alone = [stream.close_chunk(one, params, config) for one in alone]
+            for weights, states in zip(rounded, moved, strict=True):
+                states[:] = [stream.close_chunk(one, weights, config) for one in states]
             for i, one in enumerate(alone):
-                assert_same_stream(state, i, one, config, f"closed after call {call}")
+                what = f"closed after call {call}"
+                assert_same_stream(state, i, one, config, what, limit(i))
     order = [len(lengths) - 1, 0]
     for i, source in enumerate(order):
-        assert_same_stream(state.select(order), i, alone[source], config, "selected")
+        what = "selected"
+        assert_same_stream(state.select(order), i, alone[source], config, what, limit(source))
     for i in range(2 * len(lengths)):
-        assert_same_stream(state.fork(2), i, alone[i // 2], config, "forked")
+        assert_same_stream(state.fork(2), i, alone[i // 2], config, "forked", limit(i // 2))
 
 
 @homes
