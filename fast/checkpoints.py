@@ -37,6 +37,7 @@ __all__ = [
     "read_state",
     "read_tensors",
     "read_training",
+    "refuse_broken",
     "save_checkpoint",
     "take_tensor",
     "write_state",
@@ -61,14 +62,19 @@ def save_checkpoint(folder: Path, config: CoMeTConfig, weights: Any) -> None:
         ValueError: a weight holds NaN or infinity; nothing is written.
     """
     tensors = named_tensors(config, weights)
+    refuse_broken(tensors)
+    atomic_save(folder / MODEL, tensors, {"config": config.to_dict()})
+    atomic_write(folder / CONFIG, config.to_json())
+
+
+def refuse_broken(tensors: dict[str, Array]) -> None:
+    """Raise ValueError unless weights that are to be written are finite numbers."""
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise ValueError(
                 f"{name} holds NaN or infinity, so nothing was written; go back to a checkpoint "
                 "from before the training diverged."
             )
-    atomic_save(folder / MODEL, tensors, {"config": config.to_dict()})
-    atomic_write(folder / CONFIG, config.to_json())
 
 
 def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, dict[str, Any]]:

@@ -4,6 +4,7 @@ were right.
 Bytes are changed at random, anywhere; a file that still loads must hold what it held.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from fast import CoMeTConfig, CoMeTModel, CoMeTState
 from fast.checkpoints import read_training, write_training
 from fast.cupy_engine import CoMeTEngine
+from fast.pretrained import save_published
 
 from .assertions import assert_state_equal
 from .strategies import random_model, seeds
@@ -195,6 +197,12 @@ def test_what_is_not_finite_is_not_written_over_a_good_file(saved, tmp_path):
         broken.weights["norm"][0] = float("nan")
     with pytest.raises(ValueError, match="norm holds NaN or infinity, so nothing was written"):
         broken.save_pretrained(tmp_path)
+    backbone = dataclasses.replace(model.config.backbone, qk_norm=True)  # as the published one
+    fits = random_model(CoMeTConfig(backbone, model.config.memory), 0)
+    with torch.no_grad():
+        fits.weights["norm"][0] = float("inf")
+    with pytest.raises(ValueError, match="norm holds NaN or infinity, so nothing was written"):
+        save_published(tmp_path, fits.config, fits.weights)
     lost = state.map_tensors(lambda t: t * float("inf"))
     with pytest.raises(ValueError, match="holds NaN or infinity, so nothing was written"):
         lost.save(tmp_path / "state")

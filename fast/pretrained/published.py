@@ -21,6 +21,7 @@ from ..checkpoints import (
     named_tensors,
     read_json,
     read_tensors,
+    refuse_broken,
     take_tensor,
 )
 from ..files import atomic_save, atomic_write
@@ -177,12 +178,13 @@ def save_published(
         The rows used.
 
     Raises:
-        ValueError: the model has what the published code does not know (a vector gate, a bias or
+        ValueError: a weight holds NaN or infinity, and nothing is written; the model has what the published code does not know (a vector gate, a bias or
             saturation of the gate, no q/k norm, another adapter rank), or ids do not fit.
     """
     _check_publishable(config)
     memory, tied = config.memory, config.backbone.tie_word_embeddings
     named = named_tensors(config, weights)
+    refuse_broken(named)
     xp = array_namespace(named["embed_tokens"])
     table = xp.asarray(named["embed_tokens"], copy=True)
     head = None if tied else named["lm_head"]
