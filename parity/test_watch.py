@@ -223,7 +223,7 @@ def test_a_mistake_is_told_in_one_sentence(words, said, file, tmp_path, capsys):
             words = [word.replace(name, str(value)) for word in words]
             said = said.replace(name, str(value))
         with pytest.raises(SystemExit) as ended:
-            main(["watch", *words])
+            main(["watch", "--port", "0", *words])  # any that is free, unless words say another
     found = capsys.readouterr().err
     assert ended.value.code == 2
     assert said in found
