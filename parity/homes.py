@@ -26,7 +26,7 @@ array_api_strict.set_array_api_strict_flags(boolean_indexing=False, data_depende
 
 @dataclasses.dataclass(frozen=True)
 class Home:
-    """A library and a device of it, and whether its kernels run, emulated."""
+    """A library and a device of it, and whether it stands in for CuPy."""
 
     name: str
     xp: object
@@ -46,13 +46,20 @@ class Home:
 
     @contextmanager
     def at_work(self):
-        """What an engine of this home is called in: where kernels are emulated, they run on NumPy's
-        arrays as they would on CuPy's."""
+        """What an engine of this home is called in: where it stands in for CuPy, the kernels run on
+        NumPy's arrays, emulated, and `where` has CuPy's dtypes."""
         with ExitStack() as stack:
             if self.emulates:
                 stack.enter_context(emulated())
                 stack.enter_context(patch.object(operations, "is_cupy_array", is_numpy_array))
+                stack.enter_context(patch.object(numpy_namespace, "where", where_of_cupy))
             yield
+
+
+def where_of_cupy(condition, x, y):
+    """CuPy 14 knows no bfloat16 in `where`, and makes float32 of it."""
+    chosen = np.where(condition, x, y)
+    return chosen.astype(np.float32) if str(chosen.dtype) == "bfloat16" else chosen
 
 
 NUMPY = Home("numpy", numpy_namespace, None)

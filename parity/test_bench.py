@@ -117,7 +117,7 @@ def test_a_page_has_the_places_of_its_bench(name, jobs):
 
 def device_job(dtype, length):
     return report.Job(
-        "device", Case("small", "128/8/16", threads=1, rounds=2, dtype=dtype), ([length], 2)
+        "device", Case("small", "128/8/16", threads=1, rounds=2, dtype=dtype), ([length], 2, True)
     )
 
 

@@ -423,7 +423,8 @@ def test_half_types_err_as_a_rounding_of_the_weights_does(home, dtype, case):
     params = map_parameters(lambda _, p: p.astype(np.float64), weights)
     with home.at_work():
         out = home.engine(config, weights)(home.array([ids]))
-    assert {dtype_name(x) for x in (out.logits, *out.state.keys)} == {dtype}
+    kept = (*out.state.global_state, *out.state.temporary_memory, *out.state.keys)
+    assert {dtype_name(x) for x in (out.logits, *kept)} == {dtype}
     epsilon, wide = float(ml_dtypes.finfo(dtype).eps), widened(config)
     moved = [params, *(nudged(params, jitter, epsilon) for jitter in range(3))]
     expected, *others = (spec.forward(ids, stream.new_state(wide), p, wide)[0] for p in moved)

@@ -21,7 +21,7 @@ from array_api_compat import array_namespace, device
 
 from reference.config import CoMeTConfig
 
-from .. import stream
+from .. import cells
 from ..arrays import to_host
 from ..cupy_engine import CoMeTEngine
 from ..cupy_engine.libraries import check_cupy
@@ -48,8 +48,8 @@ class Contestant:
     model: Any
     """A `CoMeTModel` or a `CoMeTEngine`."""
 
-    layers: Callable[..., Any] = stream.run_layers
-    """What takes a round up the layers in PyTorch."""
+    layer: Callable[..., Any] = cells.run_layer
+    """What takes a round through one layer in PyTorch."""
 
     def place(self, ids: np.ndarray) -> Any:
         """Ids as the model takes them."""
@@ -58,26 +58,26 @@ class Contestant:
 
     def read(self, ids: Any) -> Any:
         """Read a text from its start, up to the logits of its last token."""
-        with torch.no_grad(), _layers(self.layers):
+        with torch.no_grad(), _layer(self.layer):
             return self.model(ids, logits="last")
 
     def generate(self, ids: Any, state: Any, tokens: int) -> Any:
         """Decode so many tokens, the likeliest each time."""
-        with _layers(self.layers):
+        with _layer(self.layer):
             return self.model.generate(ids, state, tokens)
 
 
 @contextmanager
-def _layers(run: Callable[..., Any]) -> Iterator[None]:
-    """Let PyTorch's stream take its rounds up the layers by `run`."""
-    original, stream.run_layers = stream.run_layers, run
+def _layer(run: Callable[..., Any]) -> Iterator[None]:
+    """Let PyTorch's stream take its rounds through each layer by `run`."""
+    original, cells.run_layer = cells.run_layer, run
     try:
         yield
     finally:
-        stream.run_layers = original
+        cells.run_layer = original
 
 
-def _contestants(case: Case) -> tuple[dict[str, Contestant], dict[str, str]]:
+def _contestants(case: Case, compiled: bool) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Who takes part, by name; and of an engine that does not, why."""
 
     def model(config: CoMeTConfig) -> CoMeTModel:
@@ -85,13 +85,15 @@ def _contestants(case: Case) -> tuple[dict[str, Contestant], dict[str, str]]:
         return fresh.to(getattr(torch, case.dtype)).to(case.device)
 
     ours = model(case.config)
-    # The first and the last chunk, a filling queue, a growing row: more graphs than the default of
-    # eight, and the ninth would raise. On a CPU they are traced, and run as they were traced.
+    # A layer is compiled, not the round: layers are alike, and share what the first one compiled.
+    # The first and the last chunk, a filling queue, a growing row, the top layer: more graphs than
+    # the default of eight, and the ninth would raise. On a CPU they are traced, and run as traced.
     torch._dynamo.config.cache_size_limit = 64
     options: dict[str, Any] = {} if case.device == "cuda" else {"backend": "eager"}
+    run_layer = torch.compile(cells.run_layer, fullgraph=True, **options)  # at its first call
     found = {
         "PyTorch": Contestant(ours),
-        "compiled": Contestant(ours, torch.compile(stream.run_layers, fullgraph=True, **options)),
+        **({"compiled": Contestant(ours, run_layer)} if compiled else {}),
         "full attention": Contestant(model(case.plain)),
     }
     library = "cupy" if case.device == "cuda" else "numpy"
@@ -101,13 +103,16 @@ def _contestants(case: Case) -> tuple[dict[str, Contestant], dict[str, str]]:
         return found, {"engine": _reason(error)}
 
 
-def measure_device(case: Case, lengths: Sequence[int], tokens: int) -> dict[int, dict[str, Any]]:
+def measure_device(
+    case: Case, lengths: Sequence[int], tokens: int, compiled: bool = False
+) -> dict[int, dict[str, Any]]:
     """Reading whole texts from their start, and decoding after them.
 
     Args:
         case: what to measure, and on which device.
         lengths: tokens of the texts.
         tokens: to decode in a turn.
+        compiled: whether that contestant takes part; to compile takes it a minute or more.
 
     Returns:
         Per length, each by contestant: "reading", seconds of its turns; "decoding", seconds a token
@@ -116,7 +121,7 @@ def measure_device(case: Case, lengths: Sequence[int], tokens: int) -> dict[int,
     Raises:
         AssertionError: contestants that compute the same do not agree.
     """
-    contestants, refused = _contestants(case)
+    contestants, refused = _contestants(case, compiled)
     generator, vocab = np.random.default_rng(0), case.config.backbone.vocab_size
     found = {}
     for length in lengths:

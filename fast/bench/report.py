@@ -98,13 +98,14 @@ QUICK = (
 """A few of its rows, in minutes."""
 
 DEVICE_JOBS = tuple(
-    Job("device", Case(backbone, memory, dtype=dtype), ([4096, 16384, 65536], 64))
-    for backbone, memory in (
-        ("small", "128/8/16"),
-        ("135M", "512/64/256"),
-        ("135M", "2048/512/2048"),
+    Job("device", Case(backbone, memory, dtype=dtype, rounds=3), more)
+    for backbone, memory, dtype, more in (
+        ("135M", "2048/512/2048", "bfloat16", ([16384, 65536], 16, True)),
+        ("135M", "2048/512/2048", "float32", ([16384], 16)),
+        ("135M", "512/64/256", "bfloat16", ([16384], 16)),
+        ("small", "128/8/16", "bfloat16", ([16384], 16)),
+        ("135M", "512/64/256", "float32", ([16384], 16)),
     )
-    for dtype in devices.DTYPES
 )
 """The engine beside PyTorch."""
 

@@ -7,7 +7,7 @@ from array_api_compat import array_namespace
 from reference.config import MemoryConfig
 
 from ..arrays import Array
-from .layers import Weights, adapter, linear, narrow, rms_norm, sigmoid, widen
+from .layers import Weights, adapter, choose, linear, narrow, rms_norm, sigmoid, widen
 from .operations import operation
 
 __all__ = ["gate", "propose", "read_global", "update_global"]
@@ -84,7 +84,7 @@ def update_global(
         g = g * narrow(has_state, g)[:, :, None]
     new = narrow(g * widen(state) + (1.0 - g) * widen(candidate), state)
     if closes is not None:
-        new = array_namespace(new).where(closes[:, :, None] > 0, new, state)
+        new = choose(closes[:, :, None] > 0, new, state)
     return new, read_global(new, weights)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "append_slots",
     "attention",
     "causal_mask",
+    "choose",
     "decoder_layer",
     "linear",
     "merge_heads",
@@ -59,6 +60,13 @@ def widen(x: Array) -> Array:
 def narrow(x: Array, like: Array) -> Array:
     """X in another array's dtype."""
     return array_namespace(x).astype(x, like.dtype, copy=False)
+
+
+def choose(condition: Array, x: Array, y: Array) -> Array:
+    """X where the condition holds, else y, in their dtype: of two bfloat16 arrays, CuPy's `where`
+    makes float32.
+    """
+    return narrow(array_namespace(x).where(condition, x, y), x)
 
 
 def sigmoid(x: Array) -> Array:

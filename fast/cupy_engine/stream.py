@@ -22,7 +22,7 @@ from ..rows import Row, count_round, lay_out
 from ..state import CoMeTState, fingerprint
 from .cells import Arrays, run_layers
 from .global_memory import read_global
-from .layers import Weights, project_memory, rotary_table, take_slots
+from .layers import Weights, choose, project_memory, rotary_table, take_slots
 
 if TYPE_CHECKING:
     from ..recorder import Recorder
@@ -105,7 +105,7 @@ def open_chunk(
 
     def begin(new: Array, old: Array) -> Array:
         new = _fit(new, longest)
-        return new if flags is None else xp.where(flags, new, _fit(old, longest))
+        return new if flags is None else choose(flags, new, _fit(old, longest))
 
     keys, values = [], []
     for i, weights in enumerate(params["layers"]):
@@ -154,7 +154,7 @@ class Reading:
         newest = take_slots(self.hidden, self.row.last)[:, 0, :]
         if previous is None:
             return newest
-        return array_namespace(newest).where(self.row.take > 0, newest, previous)
+        return choose(self.row.take > 0, newest, previous)
 
 
 def join(parts: Sequence[Reading], n: int) -> Array:
@@ -172,7 +172,7 @@ def join(parts: Sequence[Reading], n: int) -> Array:
     place, is_text = place[:, :n], is_text[:, :n, None]
     where = device(joined)
     taken = take_slots(joined, xp.asarray(np.where(is_text[..., 0], place, 0), device=where))
-    return xp.where(xp.asarray(is_text, device=where), taken, xp.zeros_like(taken))
+    return choose(xp.asarray(is_text, device=where), taken, xp.zeros_like(taken))
 
 
 def run_row(
