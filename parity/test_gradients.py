@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fast import IGNORE
 from reference import model as spec
 from reference import stream
 from reference.parameters import map_parameters, named_parameters
 
 from .assertions import GRADIENT_TOLERANCE, array, arrays_of, assert_at_most
+from .calls import World, calls
 from .device import tensor
-from .strategies import cases, random_model
+from .strategies import cases, configs, random_model, seeds
 
 STEP = 1e-30
 
@@ -54,6 +56,62 @@ def test_gradients_along_random_directions(case, backprop_chunks):
         direction = {name: rng.normal(size=p.shape) for name, p in named_parameters(params).items()}
         expected = directional(params, direction, ids, config, **options)
         assert_derivative(found, direction, expected, "all parameters")
+
+
+@st.composite
+def streams_of_calls(draw):
+    """A batch of streams, read in two calls or three."""
+    b = draw(st.integers(1, 3))
+    return draw(configs()), draw(seeds), draw(st.lists(calls(b), min_size=2, max_size=3))
+
+
+def objective(config, params, sequence, coefficients):
+    """What a stream of calls is trained on, in the reference: every loss, and every logit that was
+    asked for, times some number."""
+    alone = [stream.new_state(config) for _ in sequence[0].rows]
+    total = 0.0
+    for call, factor in zip(sequence, coefficients, strict=True):
+        losses, count = 0.0, 0
+        for i, row in enumerate(call.rows):
+            logits, alone[i] = spec.forward(row, alone[i], params, config, **call.options)
+            if call.logits != "none":
+                asked = logits if call.logits == "all" else logits[-1:]
+                total = total + (factor[i, : len(asked)] * asked).sum()
+            labels = call.labels[i] if call.labels else []
+            if number := sum(label != IGNORE for label in labels[1:]):
+                losses = losses + spec.language_loss(logits, labels) * number
+                count += number
+        if count:
+            total = total + losses / count
+    return total
+
+
+@given(streams_of_calls())
+def test_gradients_through_calls(case):
+    """Through the states that were passed in, and cut where truncation says so, counted from each
+    stream's start: ragged batches, chunks by hand, labels and logits, all at once."""
+    config, seed, sequence = case
+    world, rng = World(config, seed), np.random.default_rng(seed)
+    model, streams, total = world.model, world.begin(len(sequence[0].rows)), 0.0
+    coefficients = [
+        rng.normal(size=(len(c.rows), 9, model.config.backbone.vocab_size)) for c in sequence
+    ]
+    for call, factor in zip(sequence, coefficients, strict=True):
+        out, streams = world.read(call, streams)
+        if out.logits is not None:
+            width = min(9, out.logits.shape[1])  # padding is zero, whatever it is times
+            total = total + (tensor(factor)[:, :width] * out.logits[:, :width]).sum()
+        if call.labels and not out.loss.isnan():
+            total = total + out.loss
+    if not isinstance(total, torch.Tensor):  # nothing was asked for
+        return
+    names = [name.removeprefix("weights.") for name, _ in model.named_parameters()]
+    found = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True)
+    params = arrays_of(model)
+    direction = {name: rng.normal(size=p.shape) for name, p in named_parameters(params).items()}
+    moved = map_parameters(lambda name, p: p + 1j * STEP * direction[name], params)
+    expected = objective(config, moved, sequence, coefficients).imag / STEP
+    assert_derivative(dict(zip(names, found, strict=True)), direction, expected, "all parameters")
 
 
 @settings(max_examples=settings.default.max_examples // 5)

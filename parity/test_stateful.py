@@ -1,101 +1,122 @@
-"""Random walks: streams are fed, decoded, closed, forked, saved, loaded and dropped in any order,
-the reference and the fast path in lockstep."""
+"""Random walks: batches of streams are closed, forked, picked from, joined, moved, saved and loaded,
+and read or decode on, in any order, the reference and the fast paths in lockstep."""
 
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
 from fast import CoMeTState
-from reference import model as spec
-from reference import stream
 
-from .assertions import (
-    NOTES,
-    arrays_of,
-    assert_logits,
-    assert_same_stream,
-    assert_state_equal,
-)
-from .device import tensor
-from .strategies import VOCAB, configs, random_model, seeds
+from .assertions import NOTES, assert_state_equal
+from .calls import World, calls, decodings, snapshot
+from .strategies import configs, seeds
+
+MOST = 4
+"""Sequences of a batch."""
 
 
-class Streams(RuleBasedStateMachine):
-    """Pairs of states, fast and reference, that must never part."""
+class Walk(RuleBasedStateMachine):
+    """Batches of streams, fast and reference, that must never part."""
 
-    pairs = Bundle("pairs")
+    batches = Bundle("batches")
 
-    @initialize(target=pairs, config=configs(), seed=seeds)
-    def start(self, config, seed):
-        self.config = config
-        self.model = random_model(config, seed)
-        self.params = arrays_of(self.model)
+    @initialize(target=batches, config=configs(), seed=seeds, b=st.integers(1, 3))
+    def start(self, config, seed, b):
+        self.world = World(config, seed)
         self.folder = tempfile.TemporaryDirectory()
-        return self.fresh()
+        self.met = []
+        return self.world.begin(b)
 
-    def fresh(self):
-        return self.model.new_state(), stream.new_state(self.config)
+    @rule(target=batches, streams=batches, other=batches, data=st.data())
+    def read_on(self, streams, other, data):
+        streams = self.changed(streams, other, data)
+        call, on_engine = data.draw(calls(len(streams[1]))), data.draw(st.booleans())
+        before = snapshot(streams[0])
+        with torch.set_grad_enabled(data.draw(st.booleans())):
+            _, (state, alone) = self.world.read(call, streams, on_engine)
+        assert snapshot(streams[0]) == before, "the state that was passed in has changed"
+        self.met.append((state.detach(), alone))
+        return self.met[-1]
 
-    def same(self, pair, what):
-        assert_same_stream(pair[0], 0, pair[1], self.config, what)
-        return pair
+    @rule(target=batches, streams=batches, other=batches, data=st.data())
+    def decode_on(self, streams, other, data):
+        streams = self.changed(streams, other, data)
+        how, on_engine = data.draw(decodings(len(streams[1]))), data.draw(st.booleans())
+        before = snapshot(streams[0])
+        self.met.append(self.world.decode(how, streams, on_engine))
+        assert snapshot(streams[0]) == before, "the state that was passed in has changed"
+        return self.met[-1]
 
-    @rule(target=pairs)
-    def begin(self):
-        return self.fresh()
+    def changed(self, streams, other, data):
+        """The streams after what else can be done to them."""
+        names = [
+            "nothing",
+            "begin anew",
+            "close",
+            "fork",
+            "select",
+            "join",
+            "forget",
+            "save and load",
+        ]
+        change = data.draw(st.sampled_from(names))
+        state, alone = streams
+        if change == "begin anew":
+            return self.world.begin(data.draw(st.integers(1, 3)))
+        if change == "close":
+            with torch.no_grad():
+                return self.world.close(streams, data.draw(st.booleans()))
+        if change == "fork":
+            copies = data.draw(st.integers(1, MOST // len(alone)))
+            forked = [one for one in alone for _ in range(copies)]
+            return self.world.same((state.fork(copies), forked), "forked")
+        if change == "select":
+            picks = st.lists(st.integers(0, len(alone) - 1), min_size=1, max_size=MOST)
+            rows, form = data.draw(picks), data.draw(st.sampled_from([list, tuple, np.array]))
+            picked = [alone[i] for i in rows]
+            return self.world.same((state.select(form(rows)), picked), "selected")
+        if change == "join" and len(alone) + len(other[1]) <= MOST:
+            joined = CoMeTState.cat([state, other[0]]), [*alone, *other[1]]
+            return self.world.same(joined, "joined")
+        if change == "forget":
+            return self.forgotten(streams, data)
+        if change == "save and load":
+            path = Path(self.folder.name) / "state"
+            (state.to(self.world.engine) if data.draw(st.booleans()) else state).save(path)
+            loaded = CoMeTState.load(path, self.world.model)
+            assert_state_equal(loaded, state, "loaded")
+            return loaded, alone
+        return streams
 
-    @rule(target=pairs, pair=pairs, n=st.integers(1, 12), seed=seeds)
-    def feed(self, pair, n, seed):
-        ids = np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
-        out = self.model(tensor([ids]), state=pair[0])
-        logits, expected = spec.forward(ids, pair[1], self.params, self.config)
-        assert_logits(out.logits[0], logits, self.config, "feed")
-        return self.same((out.state, expected), "feed")
-
-    @rule(target=pairs, pair=pairs, token=st.integers(0, VOCAB - 1), n=st.integers(1, 6))
-    def decode(self, pair, token, n):
-        out = self.model.generate(tensor([[token]]), pair[0], max_new_tokens=n)
-        new, expected = spec.generate([token], pair[1], self.params, self.config, n)
-        assert out.ids == [new]
-        return self.same((out.state, expected), "decode")
-
-    @rule(target=pairs, pair=pairs)
-    def close(self, pair):
-        fast = self.model.close_chunk(pair[0])
-        return self.same((fast, stream.close_chunk(pair[1], self.params, self.config)), "close")
-
-    @rule(target=pairs, pair=pairs)
-    def fork(self, pair):
-        return multiple(pair, self.same((pair[0].fork(), pair[1]), "fork"))
-
-    @rule(target=pairs, pair=pairs)
-    def save_and_load(self, pair):
-        path = Path(self.folder.name) / "state"
-        pair[0].save(path)
-        loaded = CoMeTState.load(path, self.model)
-        assert_state_equal(loaded, pair[0], "loaded")
-        return loaded, pair[1]
-
-    @rule(pair=consumes(pairs))
-    def drop(self, pair):
-        del pair
-
-    @rule(pair=pairs)
-    def still_the_same(self, pair):
-        """What was done to other streams since has not touched this one."""
-        self.same(pair, "later")
+    def forgotten(self, streams, data):
+        """Some sequences without their queues; a begun row has seen the queue already."""
+        state, alone = streams
+        waits = [one.state.row_length == 0 for one in alone]
+        if not all(waits):
+            with pytest.raises(ValueError, match="a chunk is open"):
+                state.forget_temporary()
+        elif data.draw(st.booleans()):
+            return self.world.forget(streams, None)
+        rows = [flag and data.draw(st.booleans()) for flag in waits]
+        form = data.draw(st.sampled_from([list, tuple, np.array]))
+        return self.world.forget(streams, form(rows))
 
     def teardown(self):
+        """What was done to other streams since has not touched any."""
         NOTES.cases += 1
         if hasattr(self, "folder"):
             self.folder.cleanup()
+            for streams in self.met:
+                self.world.same(streams, "later")
 
 
-Streams.TestCase.settings = settings(
-    max_examples=max(20, settings.default.max_examples // 2), stateful_step_count=15
+Walk.TestCase.settings = settings(
+    max_examples=max(20, settings.default.max_examples // 2), stateful_step_count=8
 )
-TestStreams = Streams.TestCase
+TestWalk = Walk.TestCase
