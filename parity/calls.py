@@ -16,25 +16,26 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from fast import IGNORE, CoMeTConfig, CoMeTState
+from fast import IGNORE, CoMeTConfig, CoMeTModel, CoMeTState
 from fast.cupy_engine import CoMeTEngine
 from fast.recorder import Recorder
 from reference import model as spec
 from reference import stream
+from reference.parameters import map_parameters
 from reference.stream import StreamState
 
 from .assertions import (
+    HALF_YARDSTICK,
     TOLERANCE,
     YARDSTICK,
     array,
-    arrays_of,
     assert_logits,
     assert_near,
     assert_same_stream,
     largest_error,
 )
-from .device import tensor
-from .strategies import VOCAB, nudged, random_model, seeds, splits
+from .device import tensor, tensors
+from .strategies import VOCAB, even_weights, nudged, random_weights, seeds, splits, widened
 
 PADDING = (0, VOCAB - 1, 99)
 """What may stand after a sequence's end, in any integer dtype: it is not looked at."""
@@ -133,6 +134,8 @@ class Alone:
     how far apart the two have been."""
 
     states: tuple[StreamState, ...]
+    dtype: str = "float64"
+    """Of the fast path."""
     sensitivity: float = 0.0
 
     @property
@@ -143,7 +146,10 @@ class Alone:
     @property
     def limit(self) -> float:
         """What the fast path may be off by. Random weights blow a rounding up from chunk to chunk,
-        so the reference's own sensitivity to one is the yardstick beside the tolerance."""
+        so the reference's own sensitivity to one is the yardstick beside the tolerance; of half
+        types it is all there is."""
+        if self.dtype != "float64":
+            return HALF_YARDSTICK * (self.sensitivity + 8 * epsilon(self.dtype))
         return max(TOLERANCE, YARDSTICK * self.sensitivity)
 
     def then(self, states: Sequence[StreamState], logits: Sequence[np.ndarray] = ()) -> Alone:
@@ -153,7 +159,12 @@ class Alone:
             for moved in states[1:]:
                 pairs = zip(getattr(moved, name), getattr(states[0], name), strict=True)
                 apart += [largest_error(x, y) for x, y in pairs]
-        return Alone(tuple(states), max([self.sensitivity, *apart]))
+        return Alone(tuple(states), self.dtype, max([self.sensitivity, *apart]))
+
+
+def epsilon(dtype: str) -> float:
+    """Machine epsilon of a dtype by its name."""
+    return float(torch.finfo(getattr(torch, dtype)).eps)
 
 
 Streams = tuple[CoMeTState, list[Alone]]
@@ -163,17 +174,21 @@ Streams = tuple[CoMeTState, list[Alone]]
 class World:
     """A model, the engine of the same weights, and the reference beside them."""
 
-    def __init__(self, config: CoMeTConfig, seed: int) -> None:
-        self.config = config
-        self.model = random_model(config, seed)
-        params = arrays_of(self.model)
-        self.engine = CoMeTEngine(config, params)
-        epsilon = float(np.finfo(np.float64).eps)
-        self.weights = [params, *(nudged(params, i, epsilon) for i in range(2))]
+    def __init__(self, config: CoMeTConfig, seed: int, dtype: str = "float64") -> None:
+        self.dtype, half = dtype, dtype != "float64"
+        self.config = widened(config) if half else config
+        weights = (even_weights if half else random_weights)(self.config, seed)
+        stored = map_parameters(lambda _, p: p.astype(dtype), weights)  # ml_dtypes has bfloat16
+        exact = map_parameters(lambda _, p: p.astype(np.float64), stored)
+        self.model = CoMeTModel(self.config, tensors(exact, getattr(torch, dtype)))
+        self.engine = CoMeTEngine(self.config, stored)
+        # A rounding of few numbers may do little by chance: in half types, several are tried.
+        moved = [nudged(exact, i, epsilon(dtype)) for i in range(3 if half else 1)]
+        self.weights = [exact, *moved]
 
     def begin(self, batch_size: int) -> Streams:
         """Streams that have read nothing."""
-        fresh = Alone((stream.new_state(self.config),) * len(self.weights))
+        fresh = Alone((stream.new_state(self.config),) * len(self.weights), self.dtype)
         return self.model.new_state(batch_size), [fresh] * batch_size
 
     def read_alone(self, alone: Alone, text: list[int], **options: Any) -> tuple[np.ndarray, Alone]:
@@ -290,6 +305,7 @@ class World:
     def _hold_loss(
         self, labels: list[list[int]], found: Any, expected: list[np.ndarray], alone: list[Alone]
     ) -> None:
+        assert found is not None, "no loss, where there are labels"
         counts = [sum(label != IGNORE for label in row[1:]) for row in labels]
         if not sum(counts):
             assert found.isnan(), f"loss {found}, with nothing to predict"

@@ -95,6 +95,15 @@ def random_weights(config: CoMeTConfig, seed: int) -> dict[str, Any]:
     return map_parameters(start, shapes(config))
 
 
+def even_weights(config: CoMeTConfig, seed: int) -> dict[str, Any]:
+    """`random_weights` whose products are as large as what they are given: nothing is blown up."""
+
+    def even(name: str, p: np.ndarray) -> np.ndarray:
+        return p / (0.7 * p.shape[-1] ** 0.5) if p.ndim == 2 and "embed" not in name else p
+
+    return map_parameters(even, random_weights(config, seed))
+
+
 def nudged(params: dict[str, Any], seed: int, epsilon: float) -> dict[str, Any]:
     """Every weight moved by at most a relative epsilon."""
     rng = np.random.default_rng(seed)

@@ -13,6 +13,7 @@ from reference import stream
 from .assertions import (
     TOLERANCE,
     YARDSTICK,
+    array,
     arrays_of,
     assert_near,
     assert_same_stream,
@@ -132,6 +133,37 @@ def test_sampling_follows_the_probabilities():
         ({"temperature": 1e30}, [0.25, 0.25, 0.25, 0.25]),
     ):
         assert (shares(**options) - tensor(expected)).abs().max() < spread, options
+
+
+def chances(logits, temperature, top_k, top_p):
+    """Of one sequence's tokens, with ties broken anyhow."""
+    order = np.argsort(-logits)
+    share = np.exp((logits[order] - logits[order[0]]) / temperature)
+    share[top_k or VOCAB :] = 0
+    share /= share.sum()
+    if top_p is not None:
+        share[np.cumsum(share) - share >= top_p] = 0
+    found = np.zeros(len(logits))
+    found[order] = share / share.sum()
+    return found
+
+
+@given(
+    seed=seeds,
+    temperature=st.sampled_from([0.3, 1.0, 3.0]),
+    top_k=st.sampled_from([None, 1, 2, 4, VOCAB + 1]),
+    top_p=st.sampled_from([None, 0.2, 0.7, 1.0]),
+)
+def test_every_sequence_of_a_batch_samples_its_own_chances(seed, temperature, top_k, top_p):
+    """However temperature, top_k and top_p meet: four sequences, each two thousand times."""
+    draws, logits = 2000, np.random.default_rng(seed).normal(size=(4, VOCAB))
+    many = tensor(logits).repeat_interleave(draws, dim=0)
+    tokens = array(sample(many, temperature, top_k, top_p, generator(seed))).reshape(4, draws)
+    for i, row in enumerate(tokens):
+        expected = chances(logits[i], temperature, top_k, top_p)
+        apart = np.abs(np.bincount(row, minlength=VOCAB) / draws - expected)
+        spread = np.sqrt(expected * (1 - expected) / draws)
+        assert (apart <= 6 * spread + (expected > 0) * 6 / draws).all(), f"sequence {i}: {apart}"
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1.3}, {"temperature": 0.7, "top_k": 3}])

@@ -45,6 +45,7 @@ from .strategies import (
     VOCAB,
     backbones,
     cases,
+    even_weights,
     nudged,
     pieces,
     random_weights,
@@ -53,7 +54,6 @@ from .strategies import (
     widened,
 )
 from .test_batches import batches, padded, texts
-from .test_half_types import even_weights
 
 pytestmark = pytest.mark.host
 

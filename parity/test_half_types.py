@@ -38,7 +38,7 @@ from .assertions import (
     typical_error,
 )
 from .device import DEVICE, tensor, tensors
-from .strategies import VOCAB, cases, nudged, random_model, random_weights, seeds, widened
+from .strategies import VOCAB, cases, even_weights, nudged, random_model, seeds, widened
 
 half = pytest.mark.parametrize("dtype", HALF_TYPES)
 
@@ -64,15 +64,6 @@ def small_config(seed):
             gate_saturation=0.95 if kind[3] else 1.0,
         ),
     )
-
-
-def even_weights(config, seed):
-    """`random_weights` whose products are as large as what they are given: nothing is blown up."""
-
-    def even(name, p):
-        return p / (0.7 * p.shape[-1] ** 0.5) if p.ndim == 2 and "embed" not in name else p
-
-    return map_parameters(even, random_weights(config, seed))
 
 
 def even_model(config, seed):

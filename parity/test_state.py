@@ -152,6 +152,108 @@ def test_states_fit_models_of_an_equal_config(make_config):
     assert other(tensor([[4]]), state=state).state.tokens[0] == 4
 
 
+OTHER = {
+    "vocab_size": 12,
+    "hidden_size": 8,
+    "intermediate_size": 9,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "qk_norm": False,
+    "attention_bias": True,
+    "tie_word_embeddings": True,
+    "chunk_size": 5,
+    "global_memory_size": 3,
+    "temporary_memory_size": 4,
+    "compression_stride": 3,
+    "adapter_rank": 2,
+    "gate": "vector",
+    "gate_bias": True,
+    "gate_saturation": 0.5,
+    "trailing_compression": False,
+    "global_norm_eps": 1e-3,
+    "temporary_norm_eps": 1e-3,
+}
+"""Another value of every field, than `make_config` has."""
+
+
+def test_a_state_knows_every_field_of_its_config(make_config):
+    config = make_config()
+    state = random_model(config, 0).new_state()
+    for part in ("backbone", "memory"):
+        for field in dataclasses.fields(getattr(config, part)):
+            changed = make_config(**{part: {field.name: OTHER[field.name]}})
+            assert changed != config
+            model = random_model(changed, 0)
+            with pytest.raises(ValueError, match="belongs to a model with config"):
+                model(tensor([[1, 2]]), state=state)
+
+
+def contradictions(state, config, row):
+    """What cannot be of a sequence, given the rest of it: counts by name."""
+    tokens, chunks, open_tokens, row_length, _ = (
+        int(getattr(state, name)[row])
+        for name in ("tokens", "chunks", "open_tokens", "row_length", "queue_length")
+    )
+    most = config.memory.temporary_memory_size
+    found = {
+        "a queue beyond its size": {"queue_length": most + 1},
+        "fewer tokens than are open": {"tokens": open_tokens + chunks - 1, "chunks": chunks},
+    }
+    if tokens > open_tokens:
+        found["text closed, and no chunk"] = {"chunks": 0}
+    else:
+        found["a chunk closed, and no text"] = {"chunks": 1, "tokens": open_tokens}
+    if open_tokens:
+        found |= {
+            "a chunk without a row": {"row_length": 0},
+            "a row shorter than its text": {"row_length": open_tokens - 1},
+            "a row longer than memories and text": {
+                "row_length": config.memory.global_memory_size + most + 2 * open_tokens + 1
+            },
+        }
+    else:
+        found["a row without a chunk"] = {"row_length": 1, "open_tokens": 0}
+    return found
+
+
+@given(cases(), st.data())
+def test_a_contradiction_in_any_sequence_is_told(case, data):
+    """Every rule holds for every sequence, and the one that breaks it is named."""
+    config, seed, ids = case
+    model = random_model(config, seed)
+    rows = [ids, ids[: 1 + len(ids) // 2], ids[:1]]
+    with torch.no_grad():
+        states = [model(tensor([row]), logits="none").state for row in rows]
+        states = [model.close_chunk(s) if data.draw(st.booleans()) else s for s in states]
+        state = CoMeTState.cat(states)
+        model(tensor([[1]] * 3), state=state, logits="none")
+        row = data.draw(st.integers(0, 2))
+        what = contradictions(state, config, row)
+        changes = what[data.draw(st.sampled_from(sorted(what)))]
+        # Room for what the counts claim: tensors that are too small are told by another rule.
+        slots = 64 + config.memory.temporary_memory_size
+        changed = dataclasses.replace(
+            state,
+            temporary_memory=tuple(
+                torch.nn.functional.pad(t, (0, 0, 0, slots)) for t in state.temporary_memory
+            ),
+            keys=tuple(torch.nn.functional.pad(t, (0, 0, 0, slots)) for t in state.keys),
+            values=tuple(torch.nn.functional.pad(t, (0, 0, 0, slots)) for t in state.values),
+        )
+        for name, value in changes.items():
+            counts = getattr(changed, name).copy()
+            counts[row] = value
+            changed = dataclasses.replace(changed, **{name: counts})
+        message = r"more than the 0 slots|expected \[3\] >= 0|in sequences \[" + str(row) + r"\]"
+        with pytest.raises(ValueError, match=message):
+            model(tensor([[1]] * 3), state=changed, logits="none")
+
+
 def test_saving_over_a_state_replaces_it_whole(tmp_path, make_config, monkeypatch):
     state, model = state_and_model(make_config)
     path = tmp_path / "state.safetensors"
