@@ -15,6 +15,7 @@ import pytest
 from fast.__main__ import _parser
 from fast.tasks import passkey_report
 
+from .behaviours import FAULTS as WRONG_BEHAVIOURS
 from .faults import FAULTS
 from .test_kernel_faults import FAULTS as KERNEL_FAULTS
 from .test_kernel_faults import SEEN_BY_SANITIZERS
@@ -158,7 +159,8 @@ def test_the_tables_of_the_pass_key_are_the_results_that_its_pictures_show(varia
 
 def test_the_faults_of_the_parity_page_are_as_many_as_there_are():
     numbers = re.findall(r"\| +(\d+) \| +(\d+) \|", PAGES["docs/parity.md"])
-    counts = [len(FAULTS), len(KERNEL_FAULTS), len(SEEN_BY_SANITIZERS)]
+    lists = FAULTS, WRONG_BEHAVIOURS, KERNEL_FAULTS, SEEN_BY_SANITIZERS
+    counts = list(map(len, lists))
     assert numbers == [(str(n), str(n)) for n in counts]
 
 
