@@ -25,7 +25,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from .inputs import IGNORE
     from .machine import keep_memory
-    from .model import CoMeTGeneration, CoMeTModel, CoMeTOutput
+    from .model import CoMeTGeneration, CoMeTModel, CoMeTOutput, CoMeTWindow
     from .recorder import Recorder
     from .state import CoMeTState
 
@@ -37,6 +37,7 @@ __all__ = [
     "CoMeTModel",
     "CoMeTOutput",
     "CoMeTState",
+    "CoMeTWindow",
     "MemoryConfig",
     "Recorder",
     "keep_memory",
@@ -48,6 +49,7 @@ _HOMES = {
     "CoMeTModel": "model",
     "CoMeTOutput": "model",
     "CoMeTState": "state",
+    "CoMeTWindow": "model",
     "Recorder": "recorder",
     "keep_memory": "machine",
 }

@@ -45,17 +45,23 @@ class Round:
     close: np.ndarray
     """[b] bool: whether its open chunk closes after them."""
 
+    cut: np.ndarray | bool = False
+    """[b] bool: whether gradients are cut after that; of all sequences that go on, or of none."""
+
 
 def plan_rounds(
     lengths: np.ndarray,
     open_tokens: np.ndarray,
     chunk_size: int | None,
     chunk_sizes: Sequence[int] | None = None,
+    chunks: np.ndarray | None = None,
+    backprop_chunks: int | None = None,
 ) -> Iterator[Round]:
     """The rounds that read a call's text.
 
     A chunk closes when a token more than `chunk_size` arrives, so a full chunk stays open at the
-    end of a call.
+    end of a call. A sequence that comes to a border where gradients are cut waits there for the
+    others, so that one round ends the window of all.
 
     Args:
         lengths: [b] int64, text tokens of each sequence in this call.
@@ -63,18 +69,28 @@ def plan_rounds(
         chunk_size: text tokens of a chunk; None never closes one.
         chunk_sizes: the chunks of this call by hand, for all sequences alike, instead of
             `chunk_size`; the first goes on with the open chunk, the last stays open.
+        chunks: [b] int64, chunks that each sequence has closed; looked at with `backprop_chunks`.
+        backprop_chunks: gradients are cut where a sequence closes a chunk whose number, counted
+            from its start, this divides; None never cuts.
 
     Yields:
         Rounds in order; none if there is nothing to read.
     """
-    start, by_hand = np.zeros_like(lengths), iter(chunk_sizes or ())
+    start, closed = np.zeros_like(lengths), np.zeros_like(lengths)
+    waits = np.zeros(lengths.shape, dtype=bool)
     while (start < lengths).any():
         room: Any = lengths  # as much as there is
         if chunk_sizes is not None:
-            room = next(by_hand)
+            room = np.asarray(chunk_sizes)[closed]
         elif chunk_size is not None:
             room = np.maximum(chunk_size - open_tokens, 0)
-        take = np.minimum(lengths - start, room)
+        take = np.where(waits, 0, np.minimum(lengths - start, room))
         close = start + take < lengths
-        yield Round(start, take, close)
-        start, open_tokens = start + take, np.where(close, 0, open_tokens + take)
+        close &= ~waits
+        begin, start, closed = start, start + take, closed + close
+        open_tokens = np.where(close, 0, open_tokens + take)
+        if backprop_chunks is not None:
+            waits = waits | (close & ((chunks + closed) % backprop_chunks == 0))
+        cut = waits & (waits | (start == lengths)).all()
+        waits = waits & ~cut
+        yield Round(begin, take, close, cut)

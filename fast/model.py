@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ __all__ = [
     "CoMeTGeneration",
     "CoMeTModel",
     "CoMeTOutput",
+    "CoMeTWindow",
     "language_loss",
     "predict",
     "shift_labels",
@@ -127,6 +128,35 @@ class CoMeTOutput:
 
     loss: Tensor | None
     """Mean negative log likelihood of the labels, nats; nan if all are IGNORE; None without."""
+
+
+@dataclass(frozen=True)
+class CoMeTWindow:
+    """One window of a text, as `windows` yields it."""
+
+    state: CoMeTState
+    """Where the streams stand after the window, detached."""
+
+    nats: Tensor
+    """Scalar: negative log likelihood, summed over the window's labels; 0 if it has none."""
+
+    num_labels: Tensor
+    """Scalar int64: labels that are predicted in the window, IGNORE left out."""
+
+    text_labels: Tensor
+    """Scalar int64: labels that are predicted in all windows of the text together."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The window's share of the text's loss: the shares of all windows add up to it, and so do
+        their gradients. nan if all labels of the text are IGNORE.
+        """
+        return self.nats / self.text_labels
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """The window's own loss, nats per label of the window; 0 if it has none."""
+        return self.nats / self.num_labels.clamp(min=1)
 
 
 class CoMeTModel(nn.Module):
@@ -239,7 +269,7 @@ class CoMeTModel(nn.Module):
         """Read text.
 
         For reading alone use `torch.no_grad()`: with gradients on, what a backward pass needs is
-        kept, and memory grows with the text. To train on long texts, read them in several calls.
+        kept, and memory grows with the text. To train on long texts, use `windows`.
 
         Args:
             ids: [b, n] or [n] integer token ids in [0, vocab_size), padded at the right.
@@ -254,7 +284,7 @@ class CoMeTModel(nn.Module):
                 the open chunk, if there is one; the last stays open.
             backprop_chunks: gradients are cut at every so many chunk borders of a stream, counted
                 from its start; None never cuts. What a loss or logits depend on is kept all the
-                same.
+                same: `windows` keeps one window. 1 trains nothing that writes a memory, see there.
             recorder: what watches, see `Recorder`.
 
         Returns:
@@ -263,38 +293,20 @@ class CoMeTModel(nn.Module):
         Raises:
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = check_call(self, ids, lengths, state)
+        ids, state, targets, options = self._check_reading(
+            ids, labels, lengths, state, chunk_sizes, backprop_chunks
+        )
         check_choice("logits", logits, ("all", "last", "none"))
-        if chunk_sizes is not None:
-            chunk_sizes = check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
-        if backprop_chunks is not None:
-            check_count("backprop_chunks", backprop_chunks, 1)
         params, config = self.weights, self.config
-        targets = None
-        if labels is not None:
-            labels = check_labels(labels, ids, sizes, config.backbone.vocab_size)
-            targets = F.pad(shift_labels(labels, sizes), (0, 1), value=IGNORE)  # [b, n + 1]
+        outputs = logits if targets is None else "all"
 
         parts: list[Reading] = []
         last: Tensor | None = None
-        loss = widen(params["norm"]).new_zeros(())
-        for part in read(
-            ids,
-            state,
-            params,
-            config,
-            chunk_sizes=chunk_sizes,
-            backprop_chunks=backprop_chunks,
-            lengths=sizes,
-            outputs=logits if targets is None else "all",
-            recorder=recorder,
-        ):
+        nats = widen(params["norm"]).new_zeros(())
+        for part in read(ids, state, params, config, outputs=outputs, recorder=recorder, **options):
             state = part.state
             if targets is not None:
-                wanted = take_slots(targets, part.row.columns)
-                predicted = wanted != IGNORE
-                scores = predict(part.hidden[predicted], params, config)
-                loss = loss + sum_of_losses(scores, wanted[predicted])
+                nats = nats + self._score(part, targets)[0]
             if logits == "all":
                 parts.append(part)
             elif logits == "last":
@@ -304,9 +316,115 @@ class CoMeTModel(nn.Module):
             found = predict(join(parts, ids.shape[1]), params, config)
         elif last is not None:
             found = predict(last[:, None], params, config)
-        if targets is not None:
-            loss = loss / (targets != IGNORE).sum()
-        return CoMeTOutput(state, found, None if targets is None else loss)
+        loss = None if targets is None else nats / (targets != IGNORE).sum()
+        return CoMeTOutput(state, found, loss)
+
+    def windows(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        lengths: Tensor | Sequence[int] | None = None,
+        state: CoMeTState | None = None,
+        chunk_sizes: Sequence[int] | None = None,
+        *,
+        backprop_chunks: int,
+    ) -> Iterator[CoMeTWindow]:
+        """Read a text of any length for training, a window of chunks at a time.
+
+        A window is what lies between two cuts of `backprop_chunks`. It is read when it is asked
+        for, so one window's graph is all that is kept, if `backward` is called as they come:
+
+            for window in model.windows(ids, labels=ids, backprop_chunks=4):
+                window.loss.backward()
+
+        This leaves the gradients of `model(ids, labels=ids, backprop_chunks=4).loss`, added up in
+        another order. To move the weights after each window, use `window.mean_loss`; what comes
+        next is read with the new weights, from memories that the old ones wrote.
+
+        Args:
+            ids, labels, lengths, state, chunk_sizes: as in a call. A window's last token predicts
+                the first of the next window, so only the text's own first token is not predicted.
+            backprop_chunks: chunks of a window, counted from a stream's start, so that the first
+                window of a stream under way may have fewer. **1 trains nothing that writes a
+                memory**: the readout embeddings, the norm and the gate of the global memory, and
+                the norm and the adapter of the temporary memory get no gradient, or one of zero. 2
+                trains all parameters, to remember one chunk back.
+
+        Yields:
+            A `CoMeTWindow` each. In a ragged batch, those with no text left wait, as do those
+            whose window is shorter.
+
+        Raises:
+            ValueError: an argument does not fit; the message says which, and what would. Raised at
+                the call, before the first window.
+        """
+        check_count("backprop_chunks", backprop_chunks, 1)
+        check_kind("labels", labels, Tensor, "a tensor like ids, such as ids itself")
+        ids, state, targets, options = self._check_reading(
+            ids, labels, lengths, state, chunk_sizes, backprop_chunks
+        )
+        assert targets is not None  # there are labels
+        return self._windows(ids, state, targets, options)
+
+    def _windows(
+        self, ids: Tensor, state: CoMeTState, targets: Tensor, options: dict[str, Any]
+    ) -> Iterator[CoMeTWindow]:
+        """`windows`, its arguments checked."""
+        text_labels = (targets != IGNORE).sum()
+        none = widen(self.weights["norm"]).new_zeros(()), torch.zeros_like(text_labels)
+        (nats, num_labels), tokens = none, state.tokens
+        for part in read(ids, state, self.weights, self.config, cuts_all=True, **options):
+            score = self._score(part, targets)
+            nats, num_labels, state = nats + score[0], num_labels + score[1], part.state
+            # A chunk that was full already may close before any text is read.
+            if part.cut and (state.tokens > tokens).any():
+                yield CoMeTWindow(state, nats, num_labels, text_labels)
+                (nats, num_labels), tokens = none, state.tokens
+                # autocast keeps casts of weights, which may have moved
+                torch.clear_autocast_cache()
+        yield CoMeTWindow(state.detach(), nats, num_labels, text_labels)
+
+    def _check_reading(
+        self,
+        ids: Tensor,
+        labels: Tensor | None,
+        lengths: Tensor | Sequence[int] | None,
+        state: CoMeTState | None,
+        chunk_sizes: Sequence[int] | None,
+        backprop_chunks: int | None,
+    ) -> tuple[Tensor, CoMeTState, Tensor | None, dict[str, Any]]:
+        """What `forward` and `windows` take, checked.
+
+        Returns:
+            ids [b, n]; the state; targets [b, n + 1], the last column for padding, or None without
+            labels; options of `read`.
+        """
+        ids, sizes, state = check_call(self, ids, lengths, state)
+        if chunk_sizes is not None:
+            chunk_sizes = check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
+        if backprop_chunks is not None:
+            check_count("backprop_chunks", backprop_chunks, 1)
+        targets = None
+        if labels is not None:
+            labels = check_labels(labels, ids, sizes, self.config.backbone.vocab_size)
+            targets = F.pad(shift_labels(labels, sizes), (0, 1), value=IGNORE)
+        options: dict[str, Any] = {
+            "chunk_sizes": chunk_sizes,
+            "backprop_chunks": backprop_chunks,
+            "lengths": sizes,
+        }
+        return ids, state, targets, options
+
+    def _score(self, part: Reading, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a round's labels: the sum of their losses, and how many they are.
+
+        Args:
+            targets: [b, n + 1] of the call.
+        """
+        wanted = take_slots(targets, part.row.columns)
+        predicted = wanted != IGNORE
+        scores = predict(part.hidden[predicted], self.weights, self.config)
+        return sum_of_losses(scores, wanted[predicted]), predicted.sum()
 
     def generate(
         self,

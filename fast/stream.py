@@ -163,6 +163,9 @@ class Reading:
     state: CoMeTState
     """Where the streams stand after it."""
 
+    cut: bool
+    """Whether gradients are cut after it: a window of `backprop_chunks` ends."""
+
     def last(self, previous: Tensor | None) -> Tensor | None:
         """[b, d], each sequence's last output: this round's, or the previous one where it read
         nothing.
@@ -241,6 +244,7 @@ def run_row(
             keys=tuple(_fit(k, longest) for k in keys),
             values=tuple(_fit(v, longest) for v in values),
         ),
+        bool(np.any(plan.cut)),
     )
 
 
@@ -255,6 +259,7 @@ def read(
     backprop_chunks: int | None = None,
     lengths: np.ndarray | None = None,
     outputs: str = "all",
+    cuts_all: bool = False,
     recorder: Recorder | None = None,
 ) -> Iterator[Reading]:
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
@@ -265,6 +270,8 @@ def read(
         chunk_sizes, roll, backprop_chunks: as in the reference.
         lengths: [b] int64 tokens of each sequence, 0 for one that waits; None is n for all.
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
+        cuts_all: whether a cut is of all sequences, those too whose text has ended, so that nothing
+            of the graph before it is kept.
         recorder: what watches, or None.
 
     Yields:
@@ -274,15 +281,17 @@ def read(
         lengths = np.full(len(ids), ids.shape[1])
     size = config.memory.chunk_size if roll else None
     text = F.pad(ids, (0, 1))
-    for plan in plan_rounds(lengths, state.open_tokens, size, chunk_sizes):
+    for plan in plan_rounds(
+        lengths, state.open_tokens, size, chunk_sizes, state.chunks, backprop_chunks
+    ):
         opens = (state.row_length == 0) & (plan.take > 0)
         if opens.any():
             state = open_chunk(state, params, config, opens)
         ends = (plan.take > 0) & (plan.start + plan.take == lengths)
         wanted = "none" if outputs == "last" and not ends.any() else outputs
         part = run_row(text, state, params, config, plan=plan, outputs=wanted, recorder=recorder)
-        if backprop_chunks is not None:
-            cut = plan.close & (part.state.chunks % backprop_chunks == 0)
+        if part.cut:
+            cut = np.asarray(plan.cut) | cuts_all
             part = dataclasses.replace(part, state=_detach_rows(part.state, cut))
         state = part.state
         yield part

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fast import chunking as fast
 from reference import chunking
 
-from .strategies import memories
+from .strategies import memories, splits
 
 pytestmark = pytest.mark.host
 
@@ -139,3 +139,26 @@ def test_rounds_read_everything_and_never_overfill_a_chunk(memory, lengths, data
         assert (~r.close | (filled + r.take == size)).all(), "a chunk closes when it is full"
         filled = np.where(r.close, 0, filled + r.take)
     assert not rounds[-1].close.all()
+
+
+@given(memories(), st.lists(st.integers(1, 20), min_size=1, max_size=4), st.data())
+def test_waiting_for_a_cut_changes_no_sequence_s_chunks(memory, lengths, data):
+    """Each reads the pieces that it reads alone, and is cut at its own borders, all at once."""
+    size, every, by_hand = memory.chunk_size, data.draw(st.integers(1, 4)), None
+    if data.draw(st.booleans()):
+        lengths = [lengths[0]] * len(lengths)
+        by_hand = data.draw(splits(lengths[0]))
+    filled = np.array([data.draw(st.integers(0, size)) for _ in lengths])
+    chunks = np.array([data.draw(st.integers(0, 5)) for _ in lengths])
+    rounds = list(fast.plan_rounds(np.array(lengths), filled, size, by_hand, chunks, every))
+    for i, n in enumerate(lengths):
+        alone = fast.plan_rounds(np.array([n]), filled[i : i + 1], size, by_hand)
+        expected = [(p.start[0], p.take[0], p.close[0]) for p in alone]
+        active = [r for r in rounds if r.take[i] or r.close[i]]
+        assert [(r.start[i], r.take[i], r.close[i]) for r in active] == expected
+        closed = chunks[i] + np.cumsum([r.close[i] for r in rounds])
+        cuts = {int(c) for c, r in zip(closed, rounds, strict=True) if r.cut[i]}
+        assert cuts == {c for c in range(chunks[i] + 1, closed[-1] + 1) if c % every == 0}
+    for r in rounds:
+        ended = r.start + r.take == lengths
+        assert not r.cut.any() or (r.cut | ended).all(), "one cut ends the window of all"

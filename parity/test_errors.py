@@ -51,6 +51,13 @@ CALLS = [
     (lambda m, s: m(TEXT, state=s, chunk_sizes=[2.5, 3.5]), "chunk_sizes is 2.5; expected an int"),
     (lambda m, s: m(TEXT, state=s, backprop_chunks=0), "backprop_chunks is 0"),
     (lambda m, s: m(TEXT, state=s, backprop_chunks=1.5), "backprop_chunks is 1.5"),
+    (lambda m, s: m.windows(TEXT, TEXT, backprop_chunks=0), "backprop_chunks is 0"),
+    (lambda m, s: m.windows(TEXT, TEXT, backprop_chunks=None), "backprop_chunks is None"),
+    (lambda m, s: m.windows(TEXT, None, backprop_chunks=2), "labels is a NoneType; expected a"),
+    (
+        lambda m, s: m.windows(TEXT, TEXT, [7], backprop_chunks=2),
+        r"lengths is \[7\]; expected 1 to",
+    ),
     (lambda m, s: m(TEXT.expand(2, -1), state=s), "the state has batch size 1, the input 2"),
     (lambda m, s: m.generate(TEXT, s, max_new_tokens=-1), "max_new_tokens is -1"),
     (lambda m, s: m.generate(TEXT, s, max_new_tokens=2.5), "max_new_tokens is 2.5"),
