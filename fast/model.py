@@ -104,6 +104,15 @@ def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def _for_gradients(state: CoMeTState) -> CoMeTState:
+    """The state as autograd takes it: it keeps no tensor that was made under inference mode, but a
+    copy serves.
+    """
+    if not torch.is_grad_enabled():
+        return state
+    return state.map_tensors(lambda t: t.clone() if t.is_inference() else t)
+
+
 @dataclass(frozen=True)
 class CoMeTGeneration:
     """What `generate` returns."""
@@ -198,11 +207,12 @@ class CoMeTModel(nn.Module):
             weights = initialize(config, np.random.default_rng(seed))
         else:
             check_weights(weights, config)
-        self.weights = ParameterTree(weights)
         if dtype is not None:
             check_kind("dtype", dtype, torch.dtype, "a dtype of PyTorch's, e.g. torch.float32")
             check_choice("dtype", str(dtype).removeprefix("torch."), FLOATS)
-        self.to(device=device, dtype=dtype)
+        with torch.inference_mode(False):  # a model that is made under it can be trained after it
+            self.weights = ParameterTree(weights)
+            self.to(device=device, dtype=dtype)
 
     framework = "pt"
     """Whose tensors files are read as."""
@@ -252,7 +262,7 @@ class CoMeTModel(nn.Module):
         """
         check_state(state)
         state.check(self.config, state.batch_size, self.weights["norm"])
-        return close_chunk(state, self.weights, self.config, recorder)
+        return close_chunk(_for_gradients(state), self.weights, self.config, recorder)
 
     def forward(
         self,
@@ -276,7 +286,9 @@ class CoMeTModel(nn.Module):
             labels: as ids, a token's own id, or IGNORE where it is not predicted. They are
                 shifted inside: a token is predicted from the one before it in the same call.
             lengths: [b] tokens of each sequence, 1 to n; None is n for all.
-            state: where the streams stand; None starts new ones. It is not changed.
+            state: where the streams stand; None starts new ones. It is not changed. One that was made
+                under `torch.no_grad()` or `torch.inference_mode()` can be trained on; no gradient
+                flows back through it.
             logits: "all", "last" (after each sequence's last token) or "none". What is not asked
                 for is not computed.
             chunk_sizes: sizes in tokens, adding up to n, of the chunks to cut this text into,
@@ -413,7 +425,7 @@ class CoMeTModel(nn.Module):
             "backprop_chunks": backprop_chunks,
             "lengths": sizes,
         }
-        return ids, state, targets, options
+        return ids, _for_gradients(state), targets, options
 
     def _score(self, part: Reading, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Of a round's labels: the sum of their losses, and how many they are.

@@ -36,7 +36,9 @@ class ParameterTree(nn.Module):
             if isinstance(value, (dict, list)):
                 self.add_module(str(name), ParameterTree(value))
             else:
-                self.register_parameter(str(name), nn.Parameter(value))
+                # What was made under inference mode could not be trained.
+                own = value.clone() if value.is_inference() else value
+                self.register_parameter(str(name), nn.Parameter(own))
 
     def __getitem__(self, name: str | int) -> Any:
         name = str(name)
