@@ -16,6 +16,7 @@ from reference.config import CoMeTConfig
 
 from .arrays import FLOATS, dtype_name, to_host
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
+from .compiling import untraced
 from .inputs import (
     IGNORE,
     check_call,
@@ -47,6 +48,9 @@ __all__ = [
     "shift_labels",
     "sum_of_losses",
 ]
+
+
+_check_call, _check_logits = untraced()(check_call), untraced()(check_logits)
 
 
 def predict(hidden: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
@@ -264,6 +268,7 @@ class CoMeTModel(nn.Module):
         state.check(self.config, state.batch_size, self.weights["norm"])
         return close_chunk(_for_gradients(state), self.weights, self.config, recorder)
 
+    @untraced(recursive=False)
     def forward(
         self,
         ids: Tensor,
@@ -396,6 +401,7 @@ class CoMeTModel(nn.Module):
                 torch.clear_autocast_cache()
         yield CoMeTWindow(state.detach(), nats, num_labels, text_labels)
 
+    @untraced()
     def _check_reading(
         self,
         ids: Tensor,
@@ -427,6 +433,7 @@ class CoMeTModel(nn.Module):
         }
         return ids, _for_gradients(state), targets, options
 
+    @untraced()
     def _score(self, part: Reading, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Of a round's labels: the sum of their losses, and how many they are.
 
@@ -438,6 +445,7 @@ class CoMeTModel(nn.Module):
         scores = predict(part.hidden[predicted], self.weights, self.config)
         return sum_of_losses(scores, wanted[predicted]), predicted.sum()
 
+    @untraced(recursive=False)
     def generate(
         self,
         ids: Tensor,
@@ -478,7 +486,7 @@ class CoMeTModel(nn.Module):
             FloatingPointError: a stream has left its dtype's range, as float16's is left at 65,504.
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = check_call(self, ids, lengths, state)
+        ids, sizes, state = _check_call(self, ids, lengths, state)
         check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = check_stop_ids(stop_ids)
         check_sampling(temperature, top_k, top_p)
@@ -496,7 +504,7 @@ class CoMeTModel(nn.Module):
                 last, state = part.last(last), part.state
             while running.any() and last is not None:
                 logits = predict(last, params, config)  # [b, vocab]
-                check_logits(logits.amax(dim=-1))
+                _check_logits(logits.amax(dim=-1))
                 tokens = sample(logits, temperature, top_k, top_p, generator)
                 step: list[int | None] = [
                     token if run else None

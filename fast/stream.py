@@ -23,6 +23,7 @@ from reference.config import CoMeTConfig
 
 from .cells import Rotation, Tensors, run_layers
 from .chunking import Round, plan_rounds
+from .compiling import untraced
 from .global_memory import read_global
 from .layers import Weights, project_memory, put_slots, rotary_table, take_slots
 from .rows import Row, count_round, lay_out
@@ -83,6 +84,7 @@ def new_state(
     )
 
 
+@untraced()
 def _rotation(positions: np.ndarray, params: Weights, config: CoMeTConfig) -> Rotation:
     """Rotary table of positions [r, n], on the weights' device, in float32 or wider."""
     table = params["embed_tokens"]
@@ -111,6 +113,7 @@ def _fit(x: Tensor, slots: int) -> Tensor:
     return F.pad(x, (0, 0, 0, slots - x.shape[2])) if slots > x.shape[2] else x
 
 
+@untraced()
 def open_chunk(
     state: CoMeTState, params: Weights, config: CoMeTConfig, opens: np.ndarray | None = None
 ) -> CoMeTState:
@@ -185,6 +188,7 @@ def join(parts: Sequence[Reading], n: int) -> Tensor:
     return joined[:, :n]
 
 
+@untraced(recursive=False)
 def run_row(
     text: Tensor,
     state: CoMeTState,
@@ -211,11 +215,9 @@ def run_row(
     Returns:
         A `Reading`.
     """
-    laid_out = lay_out(state, plan, config.memory, text.shape[1] - 1, outputs)
+    laid_out, row = _lay_out(state, plan, config, text, outputs)
     if recorder is not None:
         recorder.begin(state, plan, laid_out, config)
-    device = params["norm"].device
-    row = laid_out.map(lambda x, widths: torch.from_numpy(x).to(device).split(widths, dim=1))
     queue = state.temporary_memory
     if laid_out.is_shared:
         queue = tuple(t[:, : int(state.queue_length[0])] for t in queue)
@@ -231,20 +233,33 @@ def run_row(
         config,
         recorder,
     )
+    after = dataclasses.replace(
+        state, global_state=states, temporary_memory=queue, keys=keys, values=values
+    )
+    return Reading(hidden, row, _count(after, plan, laid_out, config), bool(np.any(plan.cut)))
+
+
+@untraced()
+def _lay_out(
+    state: CoMeTState, plan: Round, config: CoMeTConfig, text: Tensor, outputs: str
+) -> tuple[Row, Row]:
+    """The round's layout, on the host and on the text's device."""
+    laid_out = lay_out(state, plan, config.memory, text.shape[1] - 1, outputs)
+    device = text.device
+    row = laid_out.map(lambda x, widths: torch.from_numpy(x).to(device).split(widths, dim=1))
+    return laid_out, row
+
+
+@untraced()
+def _count(state: CoMeTState, plan: Round, laid_out: Row, config: CoMeTConfig) -> CoMeTState:
+    """The state with the counts after the round, its rows as long as the longest."""
     counts: dict[str, Any] = count_round(state, plan, laid_out, config.memory)
     longest = int(counts["row_length"].max())
-    return Reading(
-        hidden,
-        row,
-        dataclasses.replace(
-            state,
-            **counts,
-            global_state=states,
-            temporary_memory=queue,
-            keys=tuple(_fit(k, longest) for k in keys),
-            values=tuple(_fit(v, longest) for v in values),
-        ),
-        bool(np.any(plan.cut)),
+    return dataclasses.replace(
+        state,
+        **counts,
+        keys=tuple(_fit(k, longest) for k in state.keys),
+        values=tuple(_fit(v, longest) for v in state.values),
     )
 
 

@@ -250,6 +250,20 @@ def assert_state_equal(found: CoMeTState, expected: CoMeTState, what: str) -> No
             assert torch.equal(x, y), f"{what}: {name} of layer {layer} differs"
 
 
+def assert_same_states(
+    found: CoMeTState, expected: CoMeTState, what: str, tolerance: float | None = None
+) -> None:
+    """Two states alike: counts equal, memories and rows within the tolerance."""
+    for name in ("tokens", "chunks", "open_tokens", "row_length", "queue_length"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert np.array_equal(a, b), f"{what}: {name} {a}, expected {b}"
+    for name in ("global_state", "temporary_memory", "keys", "values"):
+        pairs = zip(getattr(found, name), getattr(expected, name), strict=True)
+        for layer, (x, y) in enumerate(pairs):
+            where = f"{what}: {name} of layer {layer}"
+            assert_near(x.detach(), array(y.detach()), where, tolerance)
+
+
 def assert_logits(
     found: Any,
     expected: np.ndarray,

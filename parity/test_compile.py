@@ -1,4 +1,5 @@
-"""The layers of a round compile into one graph, and a steady stream has one shape.
+"""The layers of a round compile into one graph, and a steady stream has one shape. A model that is
+compiled whole says the same, by the graphs of its layers.
 
 The graph is traced by `torch.compile(fullgraph=True)`, in which anything that leaves the graph raises,
 and run as it was traced: what a compiler makes of it is the compiler's business.
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fast import stream
 
-from .assertions import assert_near
+from .assertions import array, assert_near, assert_same_states
 from .device import tensor
 from .strategies import random_model
 
@@ -63,3 +64,68 @@ def test_decoding_is_a_few_graphs(compiled, make_config):
     found = model.generate(ids[:, :1], state, 40)
     assert found.ids == expected.ids
     assert counter.frame_count <= 8
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def read_twice(model, call, ids, labels, logits):
+    """Two calls of a stream, the second a ragged one, and the gradients of both."""
+    first = call(ids, labels=labels, logits=logits)
+    second = call(ids, labels=labels, logits=logits, lengths=[9, 5], state=first.state.detach())
+    for out in (first, second):
+        total = out.loss or sum(
+            t.square().sum() for t in (*out.state.global_state, *out.state.temporary_memory)
+        )
+        total = total if out.logits is None else total + out.logits.square().sum()
+        total.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return (first, second), grads
+
+
+@pytest.mark.parametrize(
+    ("backend", "logits", "has_labels"),
+    [
+        ("aot_eager", "none", True),
+        ("eager", "none", False),
+        ("eager", "all", False),
+    ],
+)
+def test_a_compiled_model_is_the_model(fresh_compiler, make_config, backend, logits, has_labels):
+    """Logits, loss, state and gradients of `torch.compile(model)`."""
+    model = random_model(make_config({"num_hidden_layers": 1}), 1)
+    ids = tensor(np.arange(18).reshape(2, -1) % 11)
+    labels = ids if has_labels else None
+    expected, grads = read_twice(model, model, ids, labels, logits)
+    found, compiled = read_twice(model, torch.compile(model, backend=backend), ids, labels, logits)
+    for out, other in zip(found, expected, strict=True):
+        assert_same_states(out.state, other.state, "state")
+        for name in ("logits", "loss"):
+            x, y = getattr(out, name), getattr(other, name)
+            assert (x is None) == (y is None)
+            if x is not None:
+                assert_near(x.detach(), array(y.detach()), name)
+    for name, expected in grads.items():
+        assert (compiled[name] is None) == (expected is None), name
+        if expected is not None:
+            assert_near(compiled[name], array(expected), f"gradient of {name}", 1e-10)
+
+
+def test_a_compiled_model_has_the_layers_graphs(fresh_compiler, make_config):
+    """And few others; reading on in the same way, or decoding, makes no new ones."""
+    model = random_model(make_config(), 1)
+    ids, counter = tensor(np.arange(32).reshape(2, -1) % 11), CompileCounter()
+    call, graphs, state = torch.compile(model, backend=counter), [], None
+    with torch.no_grad():
+        for _ in range(5):
+            state = call(ids, state=state, logits="last").state
+            graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[2], f"graphs after each call: {graphs}"
+    assert counter.op_count > 100, "the layers are in none of them"
+    generate = torch.compile(model.generate, backend=counter)
+    assert generate(ids, state, 9).ids == model.generate(ids, state, 9).ids

@@ -35,6 +35,20 @@ print([name for name in sys.modules if name.startswith(above)])
     assert (run.returncode, run.stdout) == (0, "[]\n"), run.stderr
 
 
+def test_the_model_brings_no_compiler():
+    """It takes seconds to import, and is there once something is compiled."""
+    script = """
+import sys, torch, fast
+model = fast.CoMeTModel.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    model.generate(torch.arange(300)[None] % 256, max_new_tokens=2)
+print([name for name in sys.modules if name.startswith("torch._dynamo")])
+"""
+    model = Path(__file__).parent.parent / "fast" / "tasks" / "passkey_model"
+    run = run_python(script, str(model))
+    assert (run.returncode, run.stdout) == (0, "[]\n"), run.stderr
+
+
 def test_the_engine_needs_no_pytorch(tmp_path):
     """It reads, decodes, saves and loads; nothing that it imports asks for PyTorch."""
     script = """
