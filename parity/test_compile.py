@@ -88,6 +88,7 @@ def read_twice(model, call, ids, labels, logits):
     return (first, second), grads
 
 
+@pytest.mark.host
 @pytest.mark.parametrize(
     ("backend", "logits", "has_labels"),
     [
@@ -116,6 +117,7 @@ def test_a_compiled_model_is_the_model(fresh_compiler, make_config, backend, log
             assert_near(compiled[name], array(expected), f"gradient of {name}", 1e-10)
 
 
+@pytest.mark.host
 def test_a_compiled_model_has_the_layers_graphs(fresh_compiler, make_config):
     """And few others; reading on in the same way, or decoding, makes no new ones."""
     model = random_model(make_config(), 1)

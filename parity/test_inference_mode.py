@@ -13,6 +13,8 @@ from .device import tensor
 from .strategies import cases, random_model
 from .test_windows import GRADIENTS
 
+pytestmark = pytest.mark.host  # the mode is PyTorch's, and asks no device
+
 
 def read_on(model, ids, state, close):
     """The loss of text after a state, the gradients that it leaves, and the state then."""

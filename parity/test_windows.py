@@ -206,6 +206,7 @@ class Saved:
         return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda kept: kept.tensor)
 
 
+@pytest.mark.host  # what autograd keeps is the same wherever it is
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("lengths", [None, [1.0, 0.4]])
 def test_memory_is_that_of_a_window_however_long_the_text(make_config, lengths, backward):
