@@ -1,15 +1,19 @@
 """Official CoMeT checkpoints: what goes out comes in again, and what ours would read otherwise
 is refused."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fast import CoMeTModel
+from fast import BackboneConfig, CoMeTModel, MemoryConfig
 from fast.checkpoints import load_checkpoint
 from fast.pretrained import PublishedIds, load_published, save_published
+from fast.pretrained.published import FIXED_BACKBONE, FIXED_MEMORY
+from reference import config as config_module
 
 from .assertions import array, assert_near
 from .device import DEVICE, tensor
@@ -95,6 +99,80 @@ def test_what_the_published_code_does_not_know_is_not_written(tmp_path, make_con
         config = make_config(backbone, memory)
         with pytest.raises(ValueError, match=match):
             save_published(tmp_path, config, random_model(config, 0).weights)
+    assert list(tmp_path.iterdir()) == []
+
+
+OTHERS = {
+    "backbone": {
+        "vocab_size": 9, "hidden_size": 4, "intermediate_size": 5, "num_hidden_layers": 1,
+        "num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 2, "rms_norm_eps": 1e-3,
+        "rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "qk_norm": False, "attention_bias": True, "tie_word_embeddings": True,
+    },
+    "memory": {
+        "chunk_size": 5, "global_memory_size": 0, "temporary_memory_size": 7,
+        "compression_stride": 0, "adapter_rank": 4, "gate": "vector", "gate_bias": True,
+        "gate_saturation": 0.9, "trailing_compression": False, "global_norm_eps": 1e-3,
+        "temporary_norm_eps": 1e-3,
+    },
+}  # fmt: skip
+"""For every field of a config a value that is not the test model's."""
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [
+        (part, field.name)
+        for part, kind in (("backbone", BackboneConfig), ("memory", MemoryConfig))
+        for field in dataclasses.fields(kind)
+    ],
+)
+def test_every_field_comes_back_or_is_named(tmp_path, make_config, part, field):
+    """A new field fails here until it has a value in `OTHERS`."""
+    changed = {"backbone": {}, "memory": {"adapter_rank": 8}}
+    changed[part][field] = OTHERS[part][field]
+    if field == "num_key_value_heads":
+        changed[part]["num_attention_heads"] = 2
+    config = make_config(**changed)
+    before = getattr(getattr(make_config({}, {"adapter_rank": 8}), part), field)
+    assert before != OTHERS[part][field], "the same value"
+    weights = random_model(config, 0).weights
+    if field in {**FIXED_BACKBONE, **FIXED_MEMORY}:
+        told = f"{part}.{field} is {OTHERS[part][field]!r}; the published code knows "
+        with pytest.raises(ValueError, match=re.escape(told)):
+            save_published(tmp_path, config, weights)
+        assert list(tmp_path.iterdir()) == []
+        return
+    save_published(tmp_path, config, weights)
+    back = load_published(tmp_path)[0]
+    if field == "vocab_size":  # with the special tokens
+        changed[part][field] += 2 + config.memory.global_memory_size
+        config = make_config(**changed)
+    assert getattr(getattr(back, part), field) == getattr(getattr(config, part), field)
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderConfig(MemoryConfig):
+    """What a variant may make of it."""
+
+    sharpness: float = 1.0
+
+
+def test_a_variant_s_field_and_gate_are_named_too(tmp_path, make_config, monkeypatch):
+    """Not in a KeyError of a weight's name."""
+    checks = config_module.MEMORY_CHECKS
+    monkeypatch.setitem(checks, "sharpness", lambda _: None)
+    monkeypatch.setitem(checks, "gate", lambda _: None)
+    base = make_config({}, {"adapter_rank": 8})
+    weights = random_model(base, 0).weights
+    for value, gate, told in (
+        (2.0, "scalar", "memory.sharpness is 2.0; the published code knows 1.0 only. Save"),
+        (1.0, "learned", "memory.gate is 'learned'; the published code knows 'scalar' only. Save"),
+    ):
+        fields = vars(base.memory) | {"sharpness": value, "gate": gate}
+        config = dataclasses.replace(base, memory=WiderConfig(**fields))
+        with pytest.raises(ValueError, match=told):
+            save_published(tmp_path, config, weights)
     assert list(tmp_path.iterdir()) == []
 
 

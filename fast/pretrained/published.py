@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,28 @@ SHARED_FIELDS = (
 )
 """Fields of BackboneConfig that the published config has under the same name."""
 
+MEMORY_FIELDS = (
+    "chunk_size",
+    "global_memory_size",
+    "temporary_memory_size",
+    "compression_stride",
+)
+"""Fields of MemoryConfig that the published config has under other names."""
+
 PUBLISHED_RANK = 8
 """Adapter rank that the published code knows."""
+
+FIXED_BACKBONE = {"qk_norm": True, "attention_bias": False}
+FIXED_MEMORY = {
+    "adapter_rank": PUBLISHED_RANK,
+    "gate": "scalar",
+    "gate_bias": False,
+    "gate_saturation": 1.0,
+    "trailing_compression": True,
+    "global_norm_eps": None,
+    "temporary_norm_eps": 1e-12,
+}
+"""What the published code goes by, in fields that its config has no place for."""
 
 
 def published_name(name: str) -> str:
@@ -178,8 +199,9 @@ def save_published(
         The rows used.
 
     Raises:
-        ValueError: a weight holds NaN or infinity, and nothing is written; the model has what the published code does not know (a vector gate, a bias or
-            saturation of the gate, no q/k norm, another adapter rank), or ids do not fit.
+        ValueError: a weight holds NaN or infinity; the model has what the published code does not
+            know (a vector gate, a bias or saturation of the gate, no q/k norm, another adapter
+            rank, any field that it has no place for); or ids do not fit. Nothing is written.
     """
     _check_publishable(config)
     memory, tied = config.memory, config.backbone.tie_word_embeddings
@@ -297,22 +319,20 @@ def _check_ids(ids: PublishedIds, readouts: int, size: int) -> None:
 
 
 def _check_publishable(config: CoMeTConfig) -> None:
-    """Raise where the published code does not know what the model has."""
-    memory, backbone = config.memory, config.backbone
-    found = {
-        "memory.gate": (memory.gate, "scalar"),
-        "memory.gate_bias": (memory.gate_bias, False),
-        "memory.gate_saturation": (memory.gate_saturation, 1.0),
-        "memory.adapter_rank": (memory.adapter_rank, PUBLISHED_RANK),
-        "memory.trailing_compression": (memory.trailing_compression, True),
-        "memory.global_norm_eps": (memory.global_norm_eps, None),
-        "memory.temporary_norm_eps": (memory.temporary_norm_eps, 1e-12),
-        "backbone.qk_norm": (backbone.qk_norm, True),
-        "backbone.attention_bias": (backbone.attention_bias, False),
-    }
-    for name, (value, known) in found.items():
-        if value != known:
-            raise ValueError(
-                f"{name} is {value!r}; the published code knows {known!r} only. Save the model "
-                "with save_pretrained instead."
-            )
+    """Raise where the published code does not know what the model has: a field that it has no place
+    for, whichever that is, may only have the value that the published code goes by, or else its
+    default.
+    """
+    for part, names, fixed in (
+        ("backbone", ("vocab_size", *SHARED_FIELDS), FIXED_BACKBONE),
+        ("memory", MEMORY_FIELDS, FIXED_MEMORY),
+    ):
+        for field in dataclasses.fields(getattr(config, part)):
+            value = getattr(getattr(config, part), field.name)
+            known = fixed.get(field.name, field.default)
+            if (field.name in fixed or field.name not in names) and value != known:
+                wanted = "no such field" if known is dataclasses.MISSING else f"{known!r} only"
+                raise ValueError(
+                    f"{part}.{field.name} is {value!r}; the published code knows {wanted}. Save the "
+                    "model with save_pretrained instead."
+                )
