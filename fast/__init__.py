@@ -13,13 +13,16 @@ try:
     from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 except ImportError as error:
     import sys
+    from pathlib import Path
 
     other = getattr(sys.modules.get("reference"), "__file__", None)
-    if other is None or hasattr(sys.modules["reference"], "__path__"):
+    if other is None or Path(other).parent == Path(__file__).parent.with_name("reference"):
         raise
+    if Path(other).name == "__init__.py":
+        other = Path(other).parent
     raise ImportError(
-        f"{other} was imported in place of CoMeT's own package `reference`; rename that file, or "
-        "start Python from another folder."
+        f"{other} was imported in place of CoMeT's own package `reference`; rename it, or start "
+        "Python from another folder."
     ) from error
 
 if TYPE_CHECKING:

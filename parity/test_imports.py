@@ -1,6 +1,7 @@
 """What an import brings with it, and what a command says when a package is missing."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,17 +108,37 @@ def test_help_needs_no_package_of_the_commands():
     assert "demo" in run.stdout
 
 
-def test_a_file_of_the_same_name_as_a_package_is_named(tmp_path):
-    (tmp_path / "reference.py").write_text("MINE = 1")
-    (tmp_path / "script.py").write_text("import fast")
-    run = subprocess.run(
+def run_beside(tmp_path, files):
+    """A script that imports the model, beside files of its user's."""
+    for name, text in {**files, "script.py": "from fast import CoMeTModel"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return subprocess.run(
         [sys.executable, tmp_path / "script.py"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("named", "files"),
+    [
+        ("reference.py", {"reference.py": "MINE = 1"}),
+        ("reference", {"reference/__init__.py": "", "reference/config.py": "MINE = 1"}),
+    ],
+)
+def test_a_file_of_the_same_name_as_a_package_is_named(tmp_path, named, files):
+    run = run_beside(tmp_path, files)
     assert run.returncode == 1
-    path = tmp_path / "reference.py"
-    told = f"ImportError: {path} was imported in place of CoMeT's own package `reference`; rename"
-    assert told in run.stderr
+    told = f"ImportError: {tmp_path / named} was imported in place of CoMeT's own package"
+    assert run.stderr.splitlines()[-1].startswith(f"{told} `reference`; rename it, or start")
+
+
+def test_a_file_in_place_of_fast_is_named_by_python(tmp_path):
+    """No line of ours runs there, but Python's own sentence names the file."""
+    run = run_beside(tmp_path, {"fast.py": "MINE = 1"})
+    assert run.returncode == 1
+    told = rf"ImportError: cannot import name 'CoMeTModel' from 'fast' \({tmp_path / 'fast.py'}\)"
+    assert re.match(told, run.stderr.splitlines()[-1])
