@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, MemoryConfig
+from reference.config import GATES
 from reference.parameters import map_parameters, shapes
 
 from .device import tensors
@@ -67,7 +68,7 @@ def memories(draw: st.DrawFn) -> MemoryConfig:
         temporary_memory_size=draw(st.sampled_from([1, 2, 3, 5, 40])),
         compression_stride=draw(st.sampled_from([0, 1, 2, 3, 9])),
         adapter_rank=draw(st.sampled_from([1, 2])),
-        gate=draw(st.sampled_from(["scalar", "vector"])),
+        gate=draw(st.sampled_from(GATES)),
         gate_bias=draw(st.booleans()),
         gate_saturation=draw(st.sampled_from([1.0, 0.5])),
         trailing_compression=draw(st.sampled_from([True, True, False])),

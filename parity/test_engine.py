@@ -24,6 +24,7 @@ from fast.cupy_engine.sampling import sample
 from fast.parameters import to_tensors
 from reference import global_memory, layers, stream, temporary_memory
 from reference import model as spec
+from reference.config import GATES
 from reference.parameters import map_parameters
 
 from .assertions import (
@@ -128,7 +129,7 @@ def test_attention_over_ragged_rows(home, seed, heads, past, n):
 @fewer
 @given(
     seed=seeds,
-    kind=st.sampled_from(["scalar", "vector"]),
+    kind=st.sampled_from(GATES),
     bias=st.booleans(),
     saturation=st.sampled_from([1.0, 0.95, 0.3]),
     first=st.booleans(),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fast import MemoryConfig
 from fast import global_memory as fast
 from reference import global_memory as spec
+from reference.config import GATES
 
 from .assertions import array, assert_near, assert_twin
 from .device import tensor, tensors
@@ -30,7 +31,7 @@ def weights(rng, kind, bias, scale=0.7):
     return w
 
 
-kinds = st.sampled_from(["scalar", "vector"])
+kinds = st.sampled_from(GATES)
 saturations = st.sampled_from([1.0, 0.95, 0.3])
 
 

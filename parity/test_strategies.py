@@ -6,6 +6,7 @@ import pytest
 from hypothesis import Phase, find, given, settings
 
 from reference import BackboneConfig, MemoryConfig, stream
+from reference.config import GATES
 
 from .strategies import cases, configs, queue_entries, random_weights
 
@@ -100,3 +101,17 @@ def test_every_field_of_a_config_is_drawn(part, name):
 
     once = settings(max_examples=1000, database=None, phases=[Phase.generate])
     find(configs(), is_new, settings=once)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_is_drawn(gate):
+    """With a global memory that keeps something from chunk to chunk."""
+
+    def has(case):
+        return (
+            case[0].memory.gate == gate
+            and case[0].memory.has_global
+            and len(case[2]) > 2 * chunk(case)
+        )
+
+    find(cases(), has, settings=settings(max_examples=300, database=None, phases=[Phase.generate]))

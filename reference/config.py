@@ -81,13 +81,16 @@ BACKBONE_CHECKS: dict[str, Check] = {
     "tie_word_embeddings": _FLAG,
 }
 
+GATES = ("scalar", "vector")
+"""Kinds of gate."""
+
 MEMORY_CHECKS: dict[str, Check] = {
     "chunk_size": _integer(1),
     "global_memory_size": _integer(0),
     "temporary_memory_size": _integer(0),
     "compression_stride": _integer(0),
     "adapter_rank": _integer(1),
-    "gate": _expect("'scalar' or 'vector'", lambda v: v in ("scalar", "vector")),
+    "gate": _expect(" or ".join(map(repr, GATES)), lambda v: v in GATES),
     "gate_bias": _FLAG,
     "gate_saturation": _number(0.0, 1.0),
     "trailing_compression": _FLAG,
