@@ -40,6 +40,7 @@ __all__ = [
     "refuse_broken",
     "save_checkpoint",
     "take_tensor",
+    "weights_digest",
     "write_state",
     "write_training",
 ]
@@ -169,13 +170,31 @@ def named_tensors(config: CoMeTConfig, weights: Any) -> dict[str, Array]:
     Args:
         weights: nested dict or `ParameterTree` of tensors.
     """
-    tensors = {}
+    return {
+        name: x.detach() if is_torch_array(x) else to_host(x)
+        for name, x in _leaves(config, weights).items()
+    }
+
+
+def _leaves(config: CoMeTConfig, weights: Any) -> dict[str, Array]:
+    """Every weight of a model by its dotted name, where it is."""
+    leaves = {}
     for name in named_parameters(shapes(config)):
         found: Any = weights
         for part in name.split("."):
             found = found[int(part) if part.isdigit() else part]
-        tensors[name] = found.detach() if is_torch_array(found) else to_host(found)
-    return tensors
+        leaves[name] = found
+    return leaves
+
+
+def weights_digest(config: CoMeTConfig, weights: Any) -> str:
+    """SHA-256 of a model's weights: the same for the same numbers in the same dtype, whichever
+    library holds them. It takes about a second a gigabyte, and the host's memory for one weight.
+
+    Args:
+        weights: nested dict or `ParameterTree` of arrays.
+    """
+    return digest(_leaves(config, weights))
 
 
 def take_tensor(tensors: dict[str, Array], stored: str, name: str, folder: Path) -> Array:
@@ -365,7 +384,11 @@ Layers = tuple[Array, ...]
 
 
 def write_state(
-    path: Path, model: str, counts: dict[str, np.ndarray], tensors: dict[str, Layers]
+    path: Path,
+    model: str,
+    counts: dict[str, np.ndarray],
+    tensors: dict[str, Layers],
+    weights: str | None = None,
 ) -> None:
     """Write a stream's state to one safetensors file, whole or not at all.
 
@@ -374,6 +397,7 @@ def write_state(
         model: fingerprint of the config that it belongs to.
         counts: [b] int64 each, stored as `count.NAME`.
         tensors: one a layer each, stored as `NAME.LAYER`.
+        weights: digest of the weights that it was read with, or None.
     """
     named = {f"{name}.{i}": t for name, layers in tensors.items() for i, t in enumerate(layers)}
     whole: dict[str, Array] = {f"count.{name}": count for name, count in counts.items()}
@@ -391,12 +415,13 @@ def write_state(
                 f"the state's {name} holds NaN or infinity, so nothing was written; the stream has "
                 "left its dtype's range, so read again from an earlier state in a wider one."
             )
-    atomic_save(path, whole, {"kind": "state", "version": 2, "model": model})
+    header: dict[str, Any] = {"kind": "state", "version": 2, "model": model}
+    atomic_save(path, whole, header if weights is None else header | {"weights": weights})
 
 
 def read_state(
     path: Path, counts: Collection[str], tensors: Collection[str], framework: str
-) -> tuple[str, dict[str, np.ndarray], dict[str, Layers]]:
+) -> tuple[str, str | None, dict[str, np.ndarray], dict[str, Layers]]:
     """Read what `write_state` wrote: whole, finite, and nothing else; whether it fits a model is
     not asked.
 
@@ -406,7 +431,8 @@ def read_state(
         framework: whose arrays, "pt" or "np".
 
     Returns:
-        The fingerprint, the counts, the tensors; of a name that is not there no layers.
+        The fingerprint; the digest of the weights, or None; the counts; the tensors, of a name
+        that is not there no layers.
 
     Raises:
         FileNotFoundError: no such file.
@@ -439,4 +465,4 @@ def read_state(
         raise ValueError(f"{path} holds tensors that are not floating; it is not a state.")
     if not all(all_finite(t) for layers in grouped.values() for t in layers):
         raise ValueError(f"{path} holds NaN or infinity; the stream was lost before it was saved.")
-    return header.get("model", ""), numbers, grouped
+    return header.get("model", ""), header.get("weights"), numbers, grouped

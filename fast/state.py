@@ -16,7 +16,7 @@ from array_api_compat import array_namespace, device, size, to_device
 from reference.config import CoMeTConfig, MemoryConfig
 
 from .arrays import Array, all_finite, dtype_name, take_rows
-from .checkpoints import Layers, read_state, write_state
+from .checkpoints import Layers, read_state, weights_digest, write_state
 from .rows import NEVER
 
 __all__ = ["CoMeTState"]
@@ -30,11 +30,20 @@ class Model(Protocol):
     """What a state has to know of a model."""
 
     config: CoMeTConfig
+    weights: Any
     framework: str
     """Whose arrays its files are read as: "pt" or "np"."""
 
     def place(self, array: Array) -> Array:
         """An array on the model's device, in its dtype."""
+
+
+def _check_model(model: Any) -> None:
+    """Raise ValueError unless it is a model or an engine."""
+    if not hasattr(model, "place"):
+        raise ValueError(
+            f"model is a {type(model).__name__}; expected a CoMeTModel or a CoMeTEngine."
+        )
 
 
 def fingerprint(config: CoMeTConfig) -> str:
@@ -277,34 +286,49 @@ class CoMeTState:
                         "in a wider dtype."
                     )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, model: Model | None = None) -> None:
         """Write the state to one safetensors file; an existing file is replaced whole or not at
         all.
 
         Args:
             path: file to write.
+            model: the model or engine that read the text. The file then tells of its weights, by
+                their digest, and `load` refuses it for others. That takes about a second a
+                gigabyte of weights, here and in `load`. None leaves it out.
 
         Raises:
-            ValueError: the state holds NaN or infinity; nothing is written.
+            ValueError: the state holds NaN or infinity, or the model is of another config; nothing
+                is written.
         """
+        weights = None
+        if model is not None:
+            _check_model(model)
+            self._check_config(model.config)
+            weights = weights_digest(model.config, model.weights)
         counts = {name: getattr(self, name) for name in COUNTS}
         left_out = () if self.row_length.any() else ROW  # of no slots
         tensors = {name: getattr(self, name) for name in TENSORS if name not in left_out}
-        write_state(Path(path), self.model, counts, tensors)
+        write_state(Path(path), self.model, counts, tensors, weights)
 
     @classmethod
-    def load(cls, path: str | Path, model: Model) -> CoMeTState:
+    def load(cls, path: str | Path, model: Model, other_weights: bool = False) -> CoMeTState:
         """Read a state that `save` wrote, onto the model's device and in its dtype.
 
         Args:
             path: file to read.
-            model: the model that it will be used with.
+            model: the model or engine that it will be used with.
+            other_weights: whether a state that was read with other weights of the config will do,
+                such as those of an earlier step, or the same in another dtype. Of a file that does
+                not tell of its weights nothing is asked.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a state, cut short, or of a model of another config.
+            ValueError: not a state, cut short, of a model of another config, or of other weights.
         """
-        name, counts, tensors = read_state(Path(path), COUNTS, TENSORS, model.framework)
+        _check_model(model)
+        if not isinstance(other_weights, bool):
+            raise ValueError(f"other_weights is {other_weights!r}; expected True or False.")
+        name, weights, counts, tensors = read_state(Path(path), COUNTS, TENSORS, model.framework)
         batch_size, backbone = len(counts["tokens"]), model.config.backbone
         if not counts["row_length"].any():
             shape = (batch_size, backbone.num_key_value_heads, 0, backbone.head_dim)
@@ -312,12 +336,28 @@ class CoMeTState:
             tensors |= {part: tensors[part] or empty for part in ROW}
         state = cls(model=name, **cast(Any, counts), **cast(Any, tensors)).to(model)
         state.check(model.config, batch_size, model.place(np.zeros(0)))
+        is_known = weights is None or other_weights
+        if not is_known and weights != weights_digest(model.config, model.weights):
+            raise ValueError(
+                f"{path} was read with other weights than the model's, or with the same in another "
+                "dtype; use the model that read it, or give other_weights=True to go on with this "
+                "one."
+            )
         if not all(all_finite(t) for part in TENSORS for t in getattr(state, part)):
             raise ValueError(
                 f"{path} holds numbers beyond the model's dtype; load it onto a model in a wider "
                 "one, such as float32."
             )
         return state
+
+    def _check_config(self, config: CoMeTConfig) -> None:
+        """Raise ValueError unless the state is of a model of that config."""
+        if self.model != fingerprint(config):
+            raise ValueError(
+                f"the state belongs to a model with config {self.model or '(none)'}, this model's "
+                f"is {fingerprint(config)}; use the model that made the state, or start with "
+                "model.new_state()."
+            )
 
     def _fits_row(self, memory: MemoryConfig) -> np.ndarray:
         """[b] whether a row's length is that of the global memory, the queue as it was when the row
@@ -348,12 +388,7 @@ class CoMeTState:
             ValueError: it belongs to another config, batch size, library, dtype or device, or its
                 parts do not fit each other.
         """
-        if self.model != fingerprint(config):
-            raise ValueError(
-                f"the state belongs to a model with config {self.model or '(none)'}, this model's "
-                f"is {fingerprint(config)}; use the model that made the state, or start with "
-                "model.new_state()."
-            )
+        self._check_config(config)
         if self.batch_size != batch_size:
             raise ValueError(
                 f"the state has batch size {self.batch_size}, the input {batch_size}; make them "

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast import BackboneConfig, CoMeTConfig, CoMeTModel, CoMeTState, MemoryConfig
-from fast.arrays import HALF_TYPES, dtype_name
+from fast.arrays import FLOATS, HALF_TYPES, dtype_name
 from fast.cupy_engine import CoMeTEngine, kernels, operations
 from fast.cupy_engine import global_memory as engine_global
 from fast.cupy_engine import layers as engine_layers
@@ -329,10 +329,10 @@ def test_states_go_from_one_path_to_the_other(home, folder, case):
         of_model = model(text, logits="none").state
         of_engine = engine(home.array([ids]), logits="none").state
         expected = model.generate(text, of_model, 5)
-        of_model.save(path)
+        of_model.save(path, model)
         found = engine.generate(home.array([ids]), CoMeTState.load(path, engine), 5)
         assert found.ids == expected.ids
-        of_engine.save(path)
+        of_engine.save(path, engine)
         loaded = CoMeTState.load(path, engine)
         assert_near(loaded.num_bytes, of_engine.num_bytes, "bytes")
         for name in ("global_state", "temporary_memory", "keys", "values"):
@@ -340,6 +340,27 @@ def test_states_go_from_one_path_to_the_other(home, folder, case):
                 assert np.array_equal(array(a), array(b)), f"{name} changed in its file"
         assert model.generate(text, CoMeTState.load(path, model), 5).ids == expected.ids
     assert_state_equal(CoMeTState.load(path, model), of_engine.to(model), "read or converted")
+
+
+@pytest.mark.engine(NUMPY)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_weights_have_one_digest_on_both_paths(home, tmp_path, make_config, dtype):
+    """A state goes across in every dtype, and not to weights of another dtype."""
+    config = make_config()
+    model = CoMeTModel(config, to_tensors(random_weights(config, 0), getattr(torch, dtype)))
+    model.save_pretrained(tmp_path)
+    engine = CoMeTEngine.from_pretrained(tmp_path, library=home.xp)
+    path = tmp_path / "state"
+    model(torch.tensor([[1, 2, 3, 4, 5]])).state.save(path, model)
+    state = CoMeTState.load(path, engine)
+    state.save(path, engine)
+    assert_state_equal(CoMeTState.load(path, model), state.to(model), "back again")
+    narrow = CoMeTEngine.from_pretrained(tmp_path, "float16", library=home.xp)
+    if dtype == "float16":
+        CoMeTState.load(path, narrow)
+    else:
+        with pytest.raises(ValueError, match="or with the same in another dtype"):
+            CoMeTState.load(path, narrow)
 
 
 @pytest.mark.engine(NUMPY, NO_FLOAT64, KERNELS)

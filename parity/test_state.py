@@ -85,6 +85,41 @@ def test_forgetting_the_queue_leaves_the_global_memory(case):
     assert_same_stream(after, 0, expected, config, "after forgetting")
 
 
+@given(case=cases(), which=st.integers(0, 1000))
+def test_a_state_of_other_weights_is_loaded_by_name_alone(folder, case, which):
+    """One weight that differs in its last bit is enough; a file that does not tell is loaded."""
+    config, seed, ids = case
+    model, other = random_model(config, seed), random_model(config, seed)
+    state = model(tensor([ids]), logits="none").state
+    path = folder / "told.safetensors"
+    state.save(path, model)
+    assert_state_equal(CoMeTState.load(path, other), state, "loaded with equal weights")
+    names = sorted(other.state_dict())
+    weight = other.state_dict()[names[which % len(names)]].view(-1)
+    weight[-1] = torch.nextafter(weight[-1], weight[-1] + 1)
+    with pytest.raises(ValueError, match=r"read with other weights .* other_weights=True"):
+        CoMeTState.load(path, other)
+    assert_state_equal(CoMeTState.load(path, other, other_weights=True), state, "by name")
+    state.save(path)
+    assert_state_equal(CoMeTState.load(path, other), state, "of a file that does not tell")
+    path.unlink()
+
+
+def test_a_state_is_not_saved_as_of_another_model(tmp_path, make_config):
+    state, model = state_and_model(make_config)
+    other = random_model(make_config({"rope_theta": 5.0}), 1)
+    with pytest.raises(ValueError, match="the state belongs to a model with config"):
+        state.save(tmp_path / "state", other)
+    for wrong in (model.config, "model", 3):
+        with pytest.raises(ValueError, match="expected a CoMeTModel or a CoMeTEngine"):
+            state.save(tmp_path / "state", wrong)
+        with pytest.raises(ValueError, match="expected a CoMeTModel or a CoMeTEngine"):
+            CoMeTState.load(tmp_path / "state", wrong)
+    with pytest.raises(ValueError, match="other_weights is 'no'; expected True or False"):
+        CoMeTState.load(tmp_path / "state", model, "no")
+    assert not list(tmp_path.iterdir())
+
+
 def state_and_model(make_config):
     model = random_model(make_config(), 1)
     return model(tensor([[1, 2, 3, 4, 5, 6]]), logits="none").state, model
