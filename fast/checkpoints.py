@@ -21,7 +21,7 @@ from reference.config import CoMeTConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
 from .arrays import Array, all_finite, dtype_name, is_floating, to_host
-from .files import HEADER, atomic_save, atomic_write, check_regular, digest
+from .files import HEADER, atomic_save, atomic_write, check_regular, digest, told
 
 __all__ = [
     "CONFIG",
@@ -273,27 +273,40 @@ def read_header(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: it is not readable.
     """
+    metadata, own, _ = _open(path, None)
+    return metadata | own
+
+
+def _open(
+    path: Path, framework: str | None
+) -> tuple[dict[str, str], dict[str, Any], dict[str, Array]]:
+    """A safetensors file's metadata but for ours, ours, and the arrays, where a framework is given.
+
+    PyTorch's are copied: they would change with the file, where another program writes over it.
+    """
     check_regular(path)
+    arrays: dict[str, Array] = {}
+    path.open("rb").close()  # Python tells what keeps a file from being opened
     try:
-        with safe_open(str(path), framework="np") as file:
-            return _parse(file.metadata() or {}, path)
+        with safe_open(str(path), framework=framework or "np") as file:
+            metadata = file.metadata() or {}
+            if framework is not None:
+                for name in file.keys():  # noqa: SIM118
+                    x = file.get_tensor(name)
+                    arrays[name] = x.clone() if is_torch_array(x) else x
     except SafetensorError as error:
-        raise _unreadable(path, error) from error
-
-
-def _parse(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """Metadata with our own among it."""
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); it may be cut short."
+        ) from error
+    except OSError as error:
+        raise told(error, path, "not read") from error
     try:
-        own = json.loads(metadata.get(HEADER, "{}"))
+        own = json.loads(metadata.pop(HEADER, "{}"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the header of {path} is not JSON ({error}); it is damaged.") from error
     if not isinstance(own, dict):
         raise ValueError(f"the header of {path} holds a {type(own).__name__}; it is damaged.")
-    return {name: value for name, value in metadata.items() if name != HEADER} | own
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is not a readable safetensors file ({error}); it may be cut short.")
+    return metadata, own, arrays
 
 
 def read_file(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -305,21 +318,18 @@ def read_file(path: Path, framework: str) -> tuple[dict[str, Any], dict[str, Arr
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not readable, or its arrays do not have the digest in its header. Files
-            of others have none, and are read as they are.
+        OSError: it cannot be read.
+        ValueError: it is not of this form, or does not have the digest in its header. Files of
+            others have none, and are read as they are.
     """
-    header = read_header(path)
-    try:
-        with safe_open(str(path), framework=framework) as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise _unreadable(path, error) from error
-    if "digest" in header and header["digest"] != digest(arrays):
+    metadata, own, arrays = _open(path, framework)
+    rest = {name: value for name, value in own.items() if name != "digest"}
+    if "digest" in own and own["digest"] != digest(arrays, rest):
         raise ValueError(
-            f"{path} is damaged: its arrays do not have the digest that they were written with; "
-            "take a copy of it, or write it again."
+            f"{path} is damaged: it does not have the digest that it was written with; take a copy "
+            "of it, or write it again."
         )
-    return header, arrays
+    return metadata | own, arrays
 
 
 def read_tensors(folder: Path, framework: str = "pt") -> dict[str, Array]:
@@ -400,21 +410,13 @@ def write_state(
         weights: digest of the weights that it was read with, or None.
     """
     named = {f"{name}.{i}": t for name, layers in tensors.items() for i, t in enumerate(layers)}
-    whole: dict[str, Array] = {f"count.{name}": count for name, count in counts.items()}
-    if named and all(map(is_torch_array, named.values())):
-        import torch  # here, since other arrays need no PyTorch
-
-        whole = {name: torch.from_numpy(count) for name, count in whole.items()}
-        # Copies: safetensors refuses tensors that share memory, as a new state's counts do.
-        whole = {name: t.detach().clone() for name, t in (whole | named).items()}
-    else:
-        whole |= {name: to_host(x) for name, x in named.items()}
     for name, x in named.items():
         if not all_finite(x):
             raise ValueError(
                 f"the state's {name} holds NaN or infinity, so nothing was written; the stream has "
                 "left its dtype's range, so read again from an earlier state in a wider one."
             )
+    whole = {f"count.{name}": count for name, count in counts.items()} | named
     header: dict[str, Any] = {"kind": "state", "version": 2, "model": model}
     atomic_save(path, whole, header if weights is None else header | {"weights": weights})
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .files import atomic_write
 
 __all__ = ["COLOURS", "save_figure", "style"]
 
@@ -51,9 +54,11 @@ def style(name: str = "picture") -> Iterator[Any]:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Write a figure, as PNG or SVG without a date, and close it."""
+    """Write a figure, as PNG or SVG without a date, whole or not at all, and close it."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    drawn, kind = io.BytesIO(), path.suffix.removeprefix(".")
+    figure.savefig(drawn, format=kind, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)
+    atomic_write(path, drawn.getvalue())
     return path

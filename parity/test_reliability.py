@@ -26,6 +26,7 @@ from fast.cupy_engine import CoMeTEngine
 from fast.pretrained import save_published
 
 from .assertions import assert_state_equal
+from .reliability import small
 from .strategies import random_model, seeds
 
 pytestmark = pytest.mark.host
@@ -58,29 +59,6 @@ def saved(tmp_path_factory):
     state = model(torch.arange(14).reshape(2, 7) % 11, lengths=[7, 5], logits="none").state
     state.save(folder / "state")
     return model, state, folder
-
-
-def small(**memory):
-    return CoMeTConfig.from_dict(
-        {
-            "backbone": {
-                "vocab_size": 11,
-                "hidden_size": 6,
-                "intermediate_size": 8,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "head_dim": 4,
-            },
-            "memory": {
-                "chunk_size": 4,
-                "global_memory_size": 2,
-                "temporary_memory_size": 3,
-                "compression_stride": 2,
-                **memory,
-            },
-        }
-    )
 
 
 def same_weights(found, expected):
@@ -146,7 +124,7 @@ def test_damage_to_a_training_checkpoint_is_told(tmp_path_factory, damage, seed)
 def test_weights_are_never_read_with_another_config(saved, tmp_path):
     model, _, _ = saved
     model.save_pretrained(tmp_path)
-    other = small(gate_saturation=0.5)
+    other = small(memory={"gate_saturation": 0.5})
     (tmp_path / CONFIG).write_text(other.to_json())  # as a kill between the two files leaves it
     for load in (
         CoMeTModel.from_pretrained,

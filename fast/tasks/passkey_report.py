@@ -19,6 +19,7 @@ import torch
 
 from reference.parameters import named_parameters, shapes
 
+from ..checkpoints import read_json
 from ..drawing import COLOURS, save_figure, style
 from ..files import atomic_write
 from ..machine import keep_memory, machine, peak_memory
@@ -265,9 +266,17 @@ def save(results: Sequence[Measured], setting: Setting, path: Path) -> None:
 
 
 def load(path: Path) -> tuple[list[Measured], Setting]:
-    """Results and their setting, as `save` wrote them."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return [Measured(**result) for result in data["results"]], Setting(**data["setting"])
+    """Results and their setting, as `save` wrote them.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or holds something else.
+    """
+    data = read_json(path)
+    try:
+        return [Measured(**result) for result in data["results"]], Setting(**data["setting"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold results ({error}); measure again.") from error
 
 
 def collect(lengths: Sequence[int], setting: Setting, path: Path | None) -> list[Measured]:

@@ -99,6 +99,9 @@ class Trainer:
             return
         saved = read_training(self.checkpoint)
         own = {"config": self.model.config.to_json(), "recipe": dataclasses.asdict(self.recipe)}
+        kept = (*own, "model", "optimizer", "step", "texts", "accuracy")
+        if not isinstance(saved, dict) or not all(name in saved for name in kept):
+            raise ValueError(f"{self.checkpoint} is not of a run; give another folder.")
         for name, value in own.items():
             if saved[name] != value:
                 raise ValueError(
