@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +26,7 @@ from fast.cupy_engine import CoMeTEngine
 from fast.pretrained import save_published
 
 from .assertions import assert_state_equal
-from .reliability import small
+from .reliability import kill_writers, same_weights, small
 from .strategies import random_model, seeds
 
 pytestmark = pytest.mark.host
@@ -59,12 +59,6 @@ def saved(tmp_path_factory):
     state = model(torch.arange(14).reshape(2, 7) % 11, lengths=[7, 5], logits="none").state
     state.save(folder / "state")
     return model, state, folder
-
-
-def same_weights(found, expected):
-    return found.config == expected.config and all(
-        torch.equal(x, expected.state_dict()[name]) for name, x in found.state_dict().items()
-    )
 
 
 def told(error, *words):
@@ -279,6 +273,14 @@ def test_a_pipe_in_place_of_a_file_is_refused(saved, tmp_path):
     os.mkfifo(tmp_path / "state")
     with within(10), pytest.raises(ValueError, match="is not a regular file"):
         CoMeTState.load(tmp_path / "state", model)
+
+
+@pytest.mark.parametrize("same_config", [True, False])
+def test_a_writer_that_is_killed_leaves_whole_files(tmp_path, same_config):
+    """Old ones or new ones; `make thorough` kills many."""
+    times = settings().max_examples // 20
+    found = kill_writers(tmp_path, times, 0, same_config)
+    assert found["whole"] + found["of two saves, refused"] == 4 * times
 
 
 def test_counts_of_a_new_state_are_their_own():
