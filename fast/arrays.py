@@ -14,6 +14,7 @@ import numpy as np
 from array_api_compat import (
     array_namespace,
     device,
+    is_array_api_obj,
     is_cupy_array,
     is_numpy_array,
     is_torch_array,
@@ -28,6 +29,8 @@ __all__ = [
     "dtype_of",
     "is_floating",
     "is_integer",
+    "numbers",
+    "shown",
     "take_rows",
     "to_host",
 ]
@@ -85,6 +88,23 @@ def is_floating(x: Array) -> bool:
 def is_integer(x: Array) -> bool:
     """Whether the dtype is an integer one; booleans are not."""
     return "int" in dtype_name(x)
+
+
+def numbers(value: Any) -> np.ndarray:
+    """What a user gave as a list or an array, as NumPy's; of no numbers where it is neither."""
+    try:
+        return to_host(value) if is_array_api_obj(value) else np.asarray(value)
+    except Exception:  # each library has its own for what is ragged, sparse or nowhere
+        return np.array(None)
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value in a message: on one line, cut where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a number of thousands of digits has no text
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def take_rows(x: Array, index: np.ndarray) -> Array:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_torch_array
+from array_api_compat import is_array_api_obj, is_torch_array
 from safetensors import SafetensorError, safe_open
 
 from reference.config import CoMeTConfig
@@ -94,7 +94,7 @@ def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, d
     """
     has_config = (folder / CONFIG).exists() or not (folder / MODEL).exists()
     data = read_json(folder / CONFIG) if has_config else read_header(folder / MODEL).get("config")
-    if data is None:
+    if not isinstance(data, dict):
         raise FileNotFoundError(f"{folder / CONFIG} is missing; expected a checkpoint's config.")
     if "temp_beacon_id" in data:
         # Imported here and not above: that package is made with the readers of this module.
@@ -111,7 +111,8 @@ def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, d
     tensors = read_tensors(folder, framework)
     check_layers(config, tensors, folder)
     if (folder / MODEL).exists():
-        _check_same(read_header(folder / MODEL).get("config"), config, folder)
+        told = read_header(folder / MODEL).get("config")
+        _check_whole(data, config, folder) if told is None else _check_same(told, config, folder)
     unknown = sorted(set(tensors) - set(named_parameters(shapes(config))))
     if unknown:
         raise ValueError(
@@ -136,9 +137,26 @@ def check_layers(config: CoMeTConfig, tensors: Collection[str], folder: Path) ->
         )
 
 
+def _check_whole(data: dict[str, Any], config: CoMeTConfig, folder: Path) -> None:
+    """Raise ValueError where config.json leaves a field to its default, and the weights' file does
+    not tell what it was.
+    """
+    lacking = [
+        f"{part}.{name}"
+        for part, fields in config.to_dict().items()
+        for name in fields
+        if name not in data[part]
+    ]
+    if lacking:
+        raise ValueError(
+            f"{folder / CONFIG} lacks {', '.join(lacking)}; give every field, as save_pretrained "
+            "does: a default may not be what the weights were trained with."
+        )
+
+
 def _check_same(data: Any, config: CoMeTConfig, folder: Path) -> None:
-    """Raise ValueError unless the config in the weights' file, if any, is that of config.json."""
-    if data is None or CoMeTConfig.from_dict(data) == config:
+    """Raise ValueError unless the config in the weights' file is that of config.json."""
+    if CoMeTConfig.from_dict(data) == config:
         return
     parts = config.to_dict()
     differing = [
@@ -231,6 +249,9 @@ def check_weights(weights: dict[str, Any], config: CoMeTConfig) -> None:
             f"the weights lack {missing[:4]} and hold unknown {unknown[:4]}; give exactly the "
             "names of reference.parameters.shapes(config)."
         )
+    for name, x in found.items():
+        if not is_array_api_obj(x):
+            raise ValueError(f"{name} is a {type(x).__name__}; expected an array or a tensor.")
     dtype = found["norm"].dtype
     for name, shape in expected.items():
         tensor = found[name]

@@ -6,21 +6,24 @@ arrays share them: arrays are any library's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj
 
-from .arrays import Array, all_finite, dtype_name, is_integer, to_host
-from .state import CoMeTState
+from .arrays import Array, all_finite, dtype_name, is_integer, numbers, shown
+from .state import MOST_STREAMS, CoMeTState
 
 __all__ = [
     "IGNORE",
+    "MOST_STREAMS",
     "check_call",
     "check_choice",
     "check_chunk_sizes",
     "check_count",
+    "check_flag",
     "check_ids",
     "check_kind",
     "check_labels",
@@ -30,6 +33,7 @@ __all__ = [
     "check_state",
     "check_stop_ids",
     "check_vocabulary",
+    "check_watchers",
     "zero_padding",
 ]
 
@@ -41,13 +45,18 @@ MOST = 2**62
 """The largest count: what is added to it still is an int64."""
 
 
-def check_count(name: str, value: int, least: int) -> int:
-    """An integer of at least `least` and at most `MOST`, or a ValueError."""
+def check_count(name: str, value: int, least: int, most: int = MOST) -> int:
+    """An integer of at least `least` and at most `most`, or a ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
-    if value > MOST:
-        raise ValueError(f"{name} is {value}; expected an integer of at most {MOST}.")
+        raise ValueError(f"{name} is {shown(value)}; expected an integer of at least {least}.")
+    if value > most:
+        raise ValueError(f"{name} is {shown(value)}; expected an integer of at most {most}.")
     return int(value)
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise ValueError unless the value is True or False."""
+    check_kind(name, value, (bool, np.bool_), "True or False")
 
 
 def check_kind(name: str, value: Any, kind: Any, wanted: str) -> None:
@@ -65,6 +74,14 @@ def check_state(state: Any) -> None:
     check_kind("state", state, CoMeTState, "a CoMeTState, such as out.state or model.new_state()")
 
 
+def check_watchers(recorder: Any, on_token: Callable[..., None] | None = None) -> None:
+    """Raise ValueError unless what watches a call is None, or can be told of it."""
+    if recorder is not None and not hasattr(recorder, "begin"):
+        raise ValueError(f"recorder is a {type(recorder).__name__}; expected a fast.Recorder.")
+    if on_token is not None and not callable(on_token):
+        raise ValueError(f"on_token is a {type(on_token).__name__}; expected a function.")
+
+
 def check_logits(largest: Array) -> None:
     """Raise FloatingPointError unless each sequence's largest logit is a finite number.
 
@@ -80,9 +97,9 @@ def check_logits(largest: Array) -> None:
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless the value is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         wanted = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
-        raise ValueError(f"{name} is {value!r}; expected {wanted}.")
+        raise ValueError(f"{name} is {shown(value)}; expected {wanted}.")
 
 
 def _check_integers(name: str, ids: Array, like: Array) -> Array:
@@ -104,6 +121,9 @@ def _check_integers(name: str, ids: Array, like: Array) -> Array:
         )
     if not is_integer(ids):
         raise ValueError(f"{name} has dtype {ids.dtype}; expected integers, e.g. int64.")
+    layout = str(getattr(ids, "layout", "torch.strided"))
+    if layout != "torch.strided":
+        raise ValueError(f"{name} has layout {layout}; expected a dense tensor.")
     ids = xp.astype(ids, xp.int64, copy=False)
     return ids[None, :] if ids.ndim == 1 else ids
 
@@ -130,7 +150,11 @@ def check_ids(ids: Array, like: Array) -> Array:
 
 
 def check_call(
-    model: Any, ids: Array, lengths: Array | Sequence[int] | None, state: CoMeTState | None
+    model: Any,
+    ids: Array,
+    lengths: Array | Sequence[int] | None,
+    state: CoMeTState | None,
+    recorder: Any,
 ) -> tuple[Array, np.ndarray, CoMeTState]:
     """What every call of a model or an engine takes, in its one form, or a ValueError.
 
@@ -139,10 +163,12 @@ def check_call(
         ids: [b, n] or [n] integers in [0, vocab_size); padding may be anything.
         lengths: [b] tokens of each sequence, 1 to n; None is n for all.
         state: where the streams stand; None starts new ones.
+        recorder: what watches, or None.
 
     Returns:
         ids [b, n] int64, zero in the padding; lengths [b] int64 on the host; the state.
     """
+    check_watchers(recorder)
     like = model.weights["norm"]
     ids = check_ids(ids, like)
     sizes = check_lengths(lengths, *ids.shape)
@@ -159,11 +185,11 @@ def check_lengths(lengths: Array | Sequence[int] | None, b: int, n: int) -> np.n
     """[b] int64 tokens of each sequence, 1 to n; None is n for all. Else a ValueError."""
     if lengths is None:
         return np.full(b, n)
-    found = to_host(lengths) if is_array_api_obj(lengths) else np.asarray(lengths)
+    found = numbers(lengths)
     if found.shape != (b,) or not np.issubdtype(found.dtype, np.integer):
-        raise ValueError(f"lengths is {lengths}; expected {b} integers, one a sequence.")
+        raise ValueError(f"lengths is {shown(lengths)}; expected {b} integers, one a sequence.")
     if found.min() < 1 or found.max() > n:
-        raise ValueError(f"lengths is {found.tolist()}; expected 1 to {n} tokens each.")
+        raise ValueError(f"lengths is {shown(found.tolist())}; expected 1 to {n} tokens each.")
     return found.astype(np.int64)
 
 
@@ -218,11 +244,14 @@ def check_chunk_sizes(chunk_sizes: Sequence[int], lengths: np.ndarray, n: int) -
         lengths: [b] tokens of each sequence, which must all be n.
         n: tokens of the call.
     """
-    check_kind("chunk_sizes", chunk_sizes, Iterable, "a list of sizes in tokens")
+    is_list = isinstance(chunk_sizes, (Sequence, np.ndarray)) and np.ndim(chunk_sizes) == 1
+    if not is_list:  # a set has no order
+        kind = type(chunk_sizes).__name__
+        raise ValueError(f"chunk_sizes is a {kind}; expected a list of sizes in tokens.")
     found = [check_count("chunk_sizes", size, 1) for size in chunk_sizes]
     if sum(found) != n:
         raise ValueError(
-            f"chunk_sizes is {found}, {sum(found)} tokens; expected sizes that add up to the "
+            f"chunk_sizes is {shown(found)}, {sum(found)} tokens; expected sizes that add up to the "
             f"text's {n}."
         )
     if (lengths != n).any():
@@ -235,18 +264,20 @@ def check_chunk_sizes(chunk_sizes: Sequence[int], lengths: np.ndarray, n: int) -
 def check_stop_ids(stop_ids: Collection[int]) -> frozenset[int]:
     """Stop tokens as a set, or a ValueError."""
     if not isinstance(stop_ids, Collection) or isinstance(stop_ids, str):
-        raise ValueError(f"stop_ids is {stop_ids!r}; expected ids, e.g. (2,).")
+        raise ValueError(f"stop_ids is {shown(stop_ids)}; expected ids, e.g. (2,).")
     return frozenset(check_count("a stop id", i, 0) for i in stop_ids)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError unless the arguments of `sampling.sample` are in range."""
-    if not _is_number(temperature) or not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature!r}; expected a finite number, 0 for greedy.")
+    if not _is_number(temperature) or not 0.0 <= temperature <= sys.float_info.max:
+        raise ValueError(
+            f"temperature is {shown(temperature)}; expected a finite number, 0 for greedy."
+        )
     if top_k is not None:
         check_count("top_k", top_k, 1)
     if top_p is not None and not (_is_number(top_p) and 0.0 < top_p <= 1.0):
-        raise ValueError(f"top_p is {top_p!r}; expected a number in (0, 1], or None.")
+        raise ValueError(f"top_p is {shown(top_p)}; expected a number in (0, 1], or None.")
 
 
 def _is_number(value: Any) -> bool:

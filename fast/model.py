@@ -14,21 +14,24 @@ from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
-from .arrays import FLOATS, dtype_name, to_host
+from .arrays import FLOATS, dtype_name, shown, to_host
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .compiling import untraced
 from .inputs import (
     IGNORE,
+    MOST_STREAMS,
     check_call,
     check_choice,
     check_chunk_sizes,
     check_count,
+    check_flag,
     check_kind,
     check_labels,
     check_logits,
     check_sampling,
     check_state,
     check_stop_ids,
+    check_watchers,
 )
 from .layers import Weights, linear, rms_norm, take_slots, widen
 from .parameters import ParameterTree, initialize
@@ -115,6 +118,18 @@ def _for_gradients(state: CoMeTState) -> CoMeTState:
     if not torch.is_grad_enabled():
         return state
     return state.map_tensors(lambda t: t.clone() if t.is_inference() else t)
+
+
+def _check_device(device: Any) -> None:
+    """Raise ValueError unless PyTorch can make a tensor there."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device is {shown(device)}; expected one of PyTorch's that is there, e.g. 'cpu' or "
+            f"'cuda' ({reason})."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -210,7 +225,11 @@ class CoMeTModel(nn.Module):
             check_count("seed", seed, 0)
             weights = initialize(config, np.random.default_rng(seed))
         else:
+            wanted = "a nested dict of tensors, or None for a fresh model"
+            check_kind("weights", weights, (dict, ParameterTree), wanted)
             check_weights(weights, config)
+        if device is not None:
+            _check_device(device)
         if dtype is not None:
             check_kind("dtype", dtype, torch.dtype, "a dtype of PyTorch's, e.g. torch.float32")
             check_choice("dtype", str(dtype).removeprefix("torch."), FLOATS)
@@ -248,7 +267,7 @@ class CoMeTModel(nn.Module):
         Raises:
             ValueError: batch_size below 1.
         """
-        check_count("batch_size", batch_size, 1)
+        check_count("batch_size", batch_size, 1, MOST_STREAMS)
         return new_state(self.config, self.dtype, batch_size, self.device)
 
     def close_chunk(self, state: CoMeTState, *, recorder: Recorder | None = None) -> CoMeTState:
@@ -265,6 +284,7 @@ class CoMeTModel(nn.Module):
             ValueError: the state belongs to another model.
         """
         check_state(state)
+        check_watchers(recorder)
         state.check(self.config, state.batch_size, self.weights["norm"])
         return close_chunk(_for_gradients(state), self.weights, self.config, recorder)
 
@@ -311,7 +331,7 @@ class CoMeTModel(nn.Module):
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, state, targets, options = self._check_reading(
-            ids, labels, lengths, state, chunk_sizes, backprop_chunks
+            ids, labels, lengths, state, chunk_sizes, backprop_chunks, recorder
         )
         check_choice("logits", logits, ("all", "last", "none"))
         params, config = self.weights, self.config
@@ -410,6 +430,7 @@ class CoMeTModel(nn.Module):
         state: CoMeTState | None,
         chunk_sizes: Sequence[int] | None,
         backprop_chunks: int | None,
+        recorder: Recorder | None = None,
     ) -> tuple[Tensor, CoMeTState, Tensor | None, dict[str, Any]]:
         """What `forward` and `windows` take, checked.
 
@@ -417,7 +438,7 @@ class CoMeTModel(nn.Module):
             ids [b, n]; the state; targets [b, n + 1], the last column for padding, or None without
             labels; options of `read`.
         """
-        ids, sizes, state = check_call(self, ids, lengths, state)
+        ids, sizes, state = check_call(self, ids, lengths, state, recorder)
         if chunk_sizes is not None:
             chunk_sizes = check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
         if backprop_chunks is not None:
@@ -486,10 +507,12 @@ class CoMeTModel(nn.Module):
             FloatingPointError: a stream has left its dtype's range, as float16's is left at 65,504.
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = _check_call(self, ids, lengths, state)
+        ids, sizes, state = _check_call(self, ids, lengths, state, recorder)
         check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = check_stop_ids(stop_ids)
+        check_flag("roll", roll)
         check_sampling(temperature, top_k, top_p)
+        check_watchers(recorder, on_token)
         if generator is not None:
             check_kind("generator", generator, torch.Generator, "PyTorch's, e.g. torch.Generator()")
         params, config, b = self.weights, self.config, len(ids)

@@ -15,7 +15,7 @@ from array_api_compat import array_namespace, device, size, to_device
 
 from reference.config import CoMeTConfig, MemoryConfig
 
-from .arrays import Array, all_finite, dtype_name, take_rows
+from .arrays import Array, all_finite, dtype_name, numbers, shown, take_rows
 from .checkpoints import Layers, read_state, weights_digest, write_state
 from .rows import NEVER
 
@@ -24,6 +24,9 @@ __all__ = ["CoMeTState"]
 COUNTS = ("tokens", "chunks", "open_tokens", "row_length", "queue_length")
 TENSORS = ("global_state", "temporary_memory", "keys", "values")
 ROW = ("keys", "values")
+
+MOST_STREAMS = 2**31 - 1
+"""The largest batch."""
 
 
 class Model(Protocol):
@@ -36,6 +39,11 @@ class Model(Protocol):
 
     def place(self, array: Array) -> Array:
         """An array on the model's device, in its dtype."""
+
+
+def _kind(x: Array) -> str:
+    """An array's dtype, device and library, in words."""
+    return f"{x.dtype} on {device(x)} ({array_namespace(x).__name__.split('.')[-1]})"
 
 
 def _check_model(model: Any) -> None:
@@ -81,7 +89,7 @@ def _plain(value: Any) -> Any:
 class CoMeTState:
     """Where a batch of streams stands. Nothing else remembers anything, and no call changes one.
 
-    Counts are NumPy [b] int64 on the host, so that planning a call needs no device. Tensors are
+    Counts are NumPy [b] int64 on the host, read-only, so that planning a call needs no device. Tensors are
     one a layer.
     """
 
@@ -118,6 +126,12 @@ class CoMeTState:
     values: tuple[Array, ...]
     """Per layer [b, k, p, e], its values."""
 
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            count = getattr(self, name).view()
+            count.flags.writeable = False  # a state is a value
+            object.__setattr__(self, name, count)
+
     @property
     def batch_size(self) -> int:
         """Sequences in the batch."""
@@ -153,7 +167,11 @@ class CoMeTState:
             ValueError: copies below 1.
         """
         if isinstance(copies, bool) or not isinstance(copies, (int, np.integer)) or copies < 1:
-            raise ValueError(f"copies is {copies!r}; expected an integer of at least 1.")
+            raise ValueError(f"copies is {shown(copies)}; expected an integer of at least 1.")
+        if copies * self.batch_size > MOST_STREAMS:
+            raise ValueError(
+                f"copies is {shown(copies)}; expected at most {MOST_STREAMS // self.batch_size}."
+            )
         return self._take(np.repeat(np.arange(self.batch_size), copies))
 
     def select(self, rows: Sequence[int]) -> CoMeTState:
@@ -168,7 +186,7 @@ class CoMeTState:
         Raises:
             ValueError: no index, or one outside the batch.
         """
-        index = np.asarray(rows)
+        index = numbers(rows)
         if (
             index.ndim != 1
             or not np.issubdtype(index.dtype, np.integer)
@@ -177,7 +195,7 @@ class CoMeTState:
             or index.max() >= self.batch_size
         ):
             raise ValueError(
-                f"rows is {rows}; expected integer indices in [0, {self.batch_size}), at least one."
+                f"rows is {shown(rows)}; expected integer indices in [0, {self.batch_size}), at least one."
             )
         return self._take(index)
 
@@ -207,7 +225,7 @@ class CoMeTState:
             State whose batch size is the sum of theirs, in their order.
 
         Raises:
-            ValueError: no states, or of several models.
+            ValueError: no states, or of several models, libraries, dtypes or devices.
         """
         if not isinstance(states, Sequence) or not all(isinstance(s, CoMeTState) for s in states):
             raise ValueError("states is not a list of CoMeTState; expected one state or more.")
@@ -217,6 +235,12 @@ class CoMeTState:
         if len(models) > 1:
             raise ValueError(
                 f"the states belong to models with configs {', '.join(models)}; join those of one."
+            )
+
+        kinds = sorted({_kind(t) for state in states for t in state.keys[:1]})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the states are {', '.join(kinds)}; convert them to one: state.to(model)."
             )
 
         def join(name: str, axis: int | None) -> Layers:
@@ -241,9 +265,22 @@ class CoMeTState:
         Args:
             place: a model or an engine, for its library, dtype and device; or a device of the
                 state's library, such as "cuda".
+
+        Raises:
+            ValueError: it is none of these, or is not there.
         """
         if hasattr(place, "place"):
             return self.map_tensors(place.place)
+        try:
+            if type(place) not in (str, int) and type(place).__name__.lower() != "device":
+                raise TypeError("it is neither")
+            to_device(self.keys[0][:0], place)
+        except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ValueError(
+                f"place is {shown(place)}; expected a model, an engine, or a device that is there "
+                f"({reason})."
+            ) from error
         return self.map_tensors(lambda t: to_device(t, place))
 
     def detach(self) -> CoMeTState:
@@ -259,9 +296,11 @@ class CoMeTState:
         Raises:
             ValueError: a chunk is open, whose row has seen the queue already.
         """
-        forget = np.ones(self.batch_size, bool) if rows is None else np.asarray(rows)
+        forget = np.ones(self.batch_size, bool) if rows is None else numbers(rows)
         if forget.shape != (self.batch_size,) or forget.dtype != bool:
-            raise ValueError(f"rows is {rows}; expected {self.batch_size} times True or False.")
+            raise ValueError(
+                f"rows is {shown(rows)}; expected {self.batch_size} times True or False."
+            )
         if (self.row_length[forget] > 0).any():
             raise ValueError(
                 "a chunk is open and its row already holds the queue; close it first "
@@ -327,7 +366,7 @@ class CoMeTState:
         """
         _check_model(model)
         if not isinstance(other_weights, bool):
-            raise ValueError(f"other_weights is {other_weights!r}; expected True or False.")
+            raise ValueError(f"other_weights is {shown(other_weights)}; expected True or False.")
         name, weights, counts, tensors = read_state(Path(path), COUNTS, TENSORS, model.framework)
         batch_size, backbone = len(counts["tokens"]), model.config.backbone
         if not counts["row_length"].any():
@@ -409,10 +448,6 @@ class CoMeTState:
         }
 
         dtype, where = str(like.dtype), device(like)
-
-        def kind(x: Array) -> str:
-            return f"{x.dtype} on {device(x)} ({array_namespace(x).__name__.split('.')[-1]})"
-
         for name, (number, shape) in expected.items():
             tensors = getattr(self, name)
             if len(tensors) != number:
@@ -431,13 +466,13 @@ class CoMeTState:
                     )
                 if str(tensor.dtype) != dtype or device(tensor) != where:
                     raise ValueError(
-                        f"the state is {kind(tensor)}, the model {kind(like)}; convert it: "
+                        f"the state is {_kind(tensor)}, the model {_kind(like)}; convert it: "
                         "state.to(model)."
                     )
         for name in COUNTS:
             if getattr(self, name).shape != (b,) or (getattr(self, name) < 0).any():
                 raise ValueError(
-                    f"the state's {name} is {getattr(self, name)}; expected [{b}] >= 0."
+                    f"the state's {name} is {shown(getattr(self, name))}; expected [{b}] >= 0."
                 )
         rooms = {
             "queue_length": min((t.shape[1] for t in self.temporary_memory), default=0),
@@ -446,8 +481,8 @@ class CoMeTState:
         for name, room in rooms.items():
             if getattr(self, name).max() > room:
                 raise ValueError(
-                    f"the state's {name} is {getattr(self, name)}, more than the {room} slots it "
-                    "holds; the file or the state was changed."
+                    f"the state's {name} is {shown(getattr(self, name))}, more than the {room} "
+                    "slots it holds; the file or the state was changed."
                 )
         rules = {
             "queue_length at most temporary_memory_size": self.queue_length
@@ -463,5 +498,5 @@ class CoMeTState:
             if not holds.all():
                 raise ValueError(
                     f"the state breaks the rule {rule!r} in sequences "
-                    f"{np.flatnonzero(~holds).tolist()}; the file or the state was changed."
+                    f"{shown(np.flatnonzero(~holds).tolist())}; the file or the state was changed."
                 )

@@ -4,13 +4,13 @@ were right.
 Bytes are changed at random, anywhere; a file that still loads must hold what it held.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,18 @@ from fast.cupy_engine import CoMeTEngine
 from fast.pretrained import save_published
 
 from .assertions import assert_state_equal
-from .reliability import kill_writers, same_weights, small
+from .reliability import (
+    REFUSED,
+    TEXT,
+    WORKED,
+    Subject,
+    attempt_call,
+    bad_calls,
+    kill_writers,
+    same_weights,
+    small,
+    told,
+)
 from .strategies import random_model, seeds
 
 pytestmark = pytest.mark.host
@@ -34,7 +45,7 @@ pytestmark = pytest.mark.host
 CONFIG, MODEL = "config.json", "model.safetensors"
 
 
-@contextmanager
+@contextlib.contextmanager
 def within(seconds):
     """Fail what takes longer."""
 
@@ -50,6 +61,20 @@ def within(seconds):
 
 
 @pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    return Subject.make(tmp_path_factory.mktemp("subject"))
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A model, and a folder with it in the official form."""
+    folder = tmp_path_factory.mktemp("official")
+    model = random_model(small({"qk_norm": True}), 0)
+    save_published(folder, model.config, model.weights)
+    return CoMeTModel.from_pretrained(folder), folder
+
+
+@pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A model, a state of its, and a folder with both as files."""
     folder = tmp_path_factory.mktemp("reliability")
@@ -59,12 +84,6 @@ def saved(tmp_path_factory):
     state = model(torch.arange(14).reshape(2, 7) % 11, lengths=[7, 5], logits="none").state
     state.save(folder / "state")
     return model, state, folder
-
-
-def told(error, *words):
-    """A sentence that names what is wrong, not a page."""
-    assert any(word in str(error) for word in words), error
-    assert len(str(error)) < 1000
 
 
 @st.composite
@@ -260,6 +279,42 @@ def test_no_number_in_a_config_hangs_it(saved, tmp_path_factory, part, field, va
             assert loaded.config.to_dict() == json.loads(json.dumps(data))
 
 
+@pytest.mark.parametrize("part", ["backbone", "memory"])
+def test_a_config_without_a_field_is_read_where_the_weights_tell_it(saved, tmp_path, part):
+    """Else a default might stand for what the weights were trained with."""
+    model, _, folder = saved
+    whole = model.config.to_dict()
+    for name in whole[part]:
+        (tmp_path / MODEL).write_bytes((folder / MODEL).read_bytes())
+        data = {**whole, part: {n: x for n, x in whole[part].items() if n != name}}
+        (tmp_path / CONFIG).write_text(json.dumps(data))
+        with contextlib.suppress(ValueError):
+            assert same_weights(CoMeTModel.from_pretrained(tmp_path), model)
+        save_file(load_file(folder / MODEL), tmp_path / MODEL)
+        with pytest.raises(ValueError, match=f"lacks .*{name}; .*field"):
+            CoMeTModel.from_pretrained(tmp_path)
+
+
+@given(field=st.integers(0, 30), value=st.sampled_from([*NUMBERS, [], [True], {}, "linear", [0.5]]))
+def test_no_value_in_an_official_config_hangs_it(official, field, value):
+    model, folder = official
+    whole = (folder / CONFIG).read_text()
+    data = json.loads(whole)
+    name = sorted(data)[field % len(data)]
+    try:
+        (folder / CONFIG).write_text(json.dumps({**data, name: value}))
+        with within(10):
+            try:
+                loaded = CoMeTModel.from_pretrained(folder)
+            except ValueError as error:
+                told(error, name, "onfig", "has shape", str(folder))
+            else:
+                is_told = name in ("architectures", "model_type", "torch_dtype", "placeholder_id")
+                assert is_told or loaded.config != model.config or value == data[name]
+    finally:
+        (folder / CONFIG).write_text(whole)
+
+
 def test_a_pipe_in_place_of_a_file_is_refused(saved, tmp_path):
     model, _, folder = saved
     for name in (CONFIG, MODEL):
@@ -275,6 +330,12 @@ def test_a_pipe_in_place_of_a_file_is_refused(saved, tmp_path):
         CoMeTState.load(tmp_path / "state", model)
 
 
+@given(case=bad_calls())
+def test_a_call_does_well_or_is_refused_in_a_sentence(subject, case):
+    """Whatever is given as any argument; the state stands where it stood."""
+    assert attempt_call(subject, case) in (REFUSED, WORKED)
+
+
 @pytest.mark.parametrize("same_config", [True, False])
 def test_a_writer_that_is_killed_leaves_whole_files(tmp_path, same_config):
     """Old ones or new ones; `make thorough` kills many."""
@@ -283,7 +344,14 @@ def test_a_writer_that_is_killed_leaves_whole_files(tmp_path, same_config):
     assert found["whole"] + found["of two saves, refused"] == 4 * times
 
 
-def test_counts_of_a_new_state_are_their_own():
-    state = random_model(small(), 0).new_state(2)
-    state.tokens[0] = 5
-    assert np.array_equal(state.chunks, [0, 0])
+def test_counts_of_a_state_are_read_only():
+    """Each is its own, and none changes a state by way of another."""
+    model = random_model(small(), 0)
+    for state in (model.new_state(2), model(TEXT).state, model(TEXT).state.fork(2)):
+        for name in COUNTS:
+            with pytest.raises(ValueError, match="read-only"):
+                getattr(state, name)[0] = 5
+    counts = np.zeros(2, np.int64)
+    state = dataclasses.replace(model.new_state(2), tokens=counts)
+    assert not state.tokens.flags.writeable
+    assert counts.flags.writeable, "the caller's array is the caller's"

@@ -16,18 +16,21 @@ from array_api_compat import array_namespace, device, is_array_api_obj, is_cupy_
 from reference.config import CoMeTConfig
 from reference.parameters import map_parameters, shapes
 
-from ..arrays import FLOATS, Array, dtype_name, dtype_of, to_host
+from ..arrays import FLOATS, Array, dtype_name, dtype_of, shown, to_host
 from ..checkpoints import check_weights, load_checkpoint, named_tensors
 from ..inputs import (
+    MOST_STREAMS,
     check_call,
     check_choice,
     check_chunk_sizes,
     check_count,
+    check_flag,
     check_kind,
     check_logits,
     check_sampling,
     check_state,
     check_stop_ids,
+    check_watchers,
 )
 from ..state import CoMeTState
 from .layers import Weights, linear, rms_norm
@@ -190,6 +193,12 @@ class CoMeTEngine:
         if dtype is not None:
             check_choice("dtype", dtype, FLOATS)
         xp = import_library(library)
+        try:
+            xp.zeros(0, device=device)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"device is {shown(device)}; expected one of {xp.__name__}'s that is there."
+            ) from error
         config, weights = load_checkpoint(Path(folder), "np")
 
         def place(name: str, x: np.ndarray) -> Array:
@@ -237,7 +246,7 @@ class CoMeTEngine:
         Raises:
             ValueError: batch_size below 1.
         """
-        check_count("batch_size", batch_size, 1)
+        check_count("batch_size", batch_size, 1, MOST_STREAMS)
         return new_state(self.config, self.weights["norm"], batch_size)
 
     @_on_device
@@ -252,6 +261,7 @@ class CoMeTEngine:
             ValueError: the state belongs to another model.
         """
         check_state(state)
+        check_watchers(recorder)
         state.check(self.config, state.batch_size, self.weights["norm"])
         return close_chunk(state, self.weights, self.config, recorder)
 
@@ -280,7 +290,7 @@ class CoMeTEngine:
             MemoryError: the device has too little; the state stands where it stood.
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = check_call(self, ids, lengths, state)
+        ids, sizes, state = check_call(self, ids, lengths, state, recorder)
         check_choice("logits", logits, ("all", "last", "none"))
         if chunk_sizes is not None:
             chunk_sizes = check_chunk_sizes(chunk_sizes, sizes, ids.shape[1])
@@ -334,10 +344,12 @@ class CoMeTEngine:
             MemoryError: as in a call.
             ValueError: an argument does not fit; the message says which, and what would.
         """
-        ids, sizes, state = check_call(self, ids, lengths, state)
+        ids, sizes, state = check_call(self, ids, lengths, state, recorder)
         check_count("max_new_tokens", max_new_tokens, 0)
         stop_ids = check_stop_ids(stop_ids)
+        check_flag("roll", roll)
         check_sampling(temperature, top_k, top_p)
+        check_watchers(recorder, on_token)
         if generator is not None:
             wanted = "NumPy's, e.g. numpy.random.default_rng(0)"
             check_kind("generator", generator, np.random.Generator, wanted)

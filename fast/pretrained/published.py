@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
-from ..arrays import Array
+from ..arrays import Array, shown
 from ..checkpoints import (
     CONFIG,
     MODEL,
@@ -244,10 +244,13 @@ def _read_config(data: dict[str, Any], tensors: dict[str, Array], folder: Path) 
         raise ValueError(f"{folder / CONFIG} lacks {missing}; is the file whole?")
     readout = data["global_beacon_ids"]
     special = [data["temp_beacon_id"], data["placeholder_id"], data["temp_beacon_stride"]]
-    special += readout if isinstance(readout, list) else [readout]
+    special += readout if isinstance(readout, list) else [None]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in special):
         raise ValueError(
-            f"{folder / CONFIG} has {special} for its special tokens and stride; expected integers."
+            f"{folder / CONFIG} has temp_beacon_id {shown(data['temp_beacon_id'])}, placeholder_id "
+            f"{shown(data['placeholder_id'])}, temp_beacon_stride "
+            f"{shown(data['temp_beacon_stride'])} and global_beacon_ids {shown(readout)}; expected "
+            "integers, and a list of them."
         )
     for name, known in (("hidden_act", "silu"), ("use_sliding_window", False)):
         if data.get(name, known) != known:
