@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -12,10 +13,21 @@ import torch
 from . import watch
 from .bench import devices as bench_devices
 from .bench import report as bench_report
-from .files import atomic_write
+from .files import atomic_write, check_writable
+from .inputs import MOST, check_count
 from .machine import keep_memory
 from .model import CoMeTModel
 from .tasks import passkey, passkey_report, passkey_training
+
+MISTAKES = (
+    ArithmeticError,
+    BrokenProcessPool,
+    ImportError,
+    MemoryError,
+    OSError,
+    ValueError,
+)
+"""What is told in a sentence: what a user gave, or what the machine lacks."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,9 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.command == "bench" and args.device == "cpu" and args.page is not None:
         parser.error("--page needs --device cuda: that page is of GPUs alone")
     try:
+        _check_numbers(args)
         args.run(args)
-    except (ImportError, MemoryError, OSError, ValueError) as error:
-        parser.exit(2, f"{error}\n")
+    except MISTAKES as error:
+        parser.exit(2, f"{' '.join(str(error).split())}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,6 +121,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+NUMBERS = {
+    "lengths": (1, MOST),
+    "keys": (1, MOST),
+    "seed": (0, MOST),
+    "processes": (1, MOST),
+    "threads": (1, 1024),
+    "chunks": (1, MOST),
+    "answer": (0, MOST),
+}
+"""Options that are integers: the least and the most."""
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise ValueError where a number is out of range, before anything is read or measured."""
+    for name, (least, most) in NUMBERS.items():
+        value = getattr(args, name, None)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None:
+                check_count(f"--{name}", number, least, most)
+
+
 def _needed(args: argparse.Namespace) -> list[str]:
     """Packages of the extra `commands` that a command uses, matplotlib only where it draws."""
     if args.command == "watch":
@@ -129,6 +163,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    passkey_report.check(args.lengths, passkey_report.Setting(), args.out, "demo")
     passkey_report.demo(args.out, args.lengths, args.processes)
 
 
@@ -144,6 +179,7 @@ def _measure(args: argparse.Namespace) -> None:
         args.haystack,
     )
     file = None if args.out is None else args.out / f"{args.variant}.json"
+    passkey_report.check(args.lengths, setting, args.out, args.variant)
     results = passkey_report.collect(args.lengths, setting, file)
     print(f"\n{passkey_report.table(results, args.variant)}")
     print(f"\n{passkey_report.footer(setting)}")
@@ -156,7 +192,9 @@ def _bench(args: argparse.Namespace) -> None:
     if args.device is not None:
         bench_devices.check_device(args.device)
     folder = args.out.joinpath(args.device or "", "quick" if args.quick else "")
-    timed = bench_report.run(folder, bench_report.choose(args.device, args.quick))
+    jobs = bench_report.choose(args.device, args.quick)
+    bench_report.check(folder, args.page, jobs)
+    timed = bench_report.run(folder, jobs)
     for section in bench_report.tables(timed).values():
         print(f"\n{section}")
     print(f"\n{bench_report.footer(args.device)}")
@@ -178,6 +216,7 @@ def _watch(args: argparse.Namespace) -> None:
         )
 
     if args.html is not None:
+        check_writable(args.html)
         atomic_write(args.html, document())
         print(f"wrote {args.html}")
         return
@@ -189,6 +228,7 @@ def _watch(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    passkey_training.check(args.out)
     keep_memory()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -18,6 +18,7 @@ from .state import MOST_STREAMS, CoMeTState
 
 __all__ = [
     "IGNORE",
+    "MOST",
     "MOST_STREAMS",
     "check_call",
     "check_choice",

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fast import CoMeTConfig, CoMeTModel, CoMeTState
+from fast.__main__ import main
 from fast.checkpoints import read_training, write_training
 from fast.cupy_engine import CoMeTEngine
 from fast.pretrained import save_published
@@ -32,8 +33,12 @@ from .reliability import (
     WORKED,
     Subject,
     attempt_call,
+    attempt_command,
     bad_calls,
+    command_lines,
     kill_writers,
+    make_places,
+    nothing_measured,
     same_weights,
     small,
     told,
@@ -63,6 +68,14 @@ def within(seconds):
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
     return Subject.make(tmp_path_factory.mktemp("subject"))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with files of all kinds, to be named on command lines."""
+    folder = tmp_path_factory.mktemp("places")
+    make_places(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +347,38 @@ def test_a_pipe_in_place_of_a_file_is_refused(saved, tmp_path):
 def test_a_call_does_well_or_is_refused_in_a_sentence(subject, case):
     """Whatever is given as any argument; the state stands where it stood."""
     assert attempt_call(subject, case) in (REFUSED, WORKED)
+
+
+@given(words=command_lines())
+def test_a_command_begins_or_is_refused_in_a_sentence(places, words):
+    """With status 2 and no traceback, whatever it is given."""
+    assert attempt_command(places, words) in (REFUSED, WORKED)
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        ("demo --out file/in", "file/in/demo.json"),
+        ("eval passkey --out file", "file/published.json"),
+        ("eval passkey --lengths 1024 50", "length is 50 bytes"),
+        ("eval passkey --model model", "a vocabulary of 11; a byte-level one has 256"),
+        ("eval passkey --variant prose --haystack file", "the haystack has 29 bytes"),
+        ("eval passkey --keys 0", "--keys is 0; expected an integer of at least 1"),
+        ("bench --out file", "file/bench.json"),
+        ("bench --page page.md", "page.md needs <!-- prefill --> and then"),
+        ("train passkey --out file", "file/stage1/training.pt"),
+        ("train passkey --threads 0", "--threads is 0"),
+        ("watch state --html folder", "folder"),
+        ("watch state --html file/in", "file/in"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_it_begins(places, words, wrong, capsys):
+    with nothing_measured(places), pytest.raises(SystemExit) as end:
+        main(words.split())
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert wrong in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("same_config", [True, False])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..drawing import COLOURS, save_figure, style
-from ..files import atomic_write
+from ..files import atomic_write, check_regular, check_writable
 from ..machine import machine
 from . import devices, speed
 from .speed import Case, Timed
@@ -25,6 +25,7 @@ __all__ = [
     "JOBS",
     "QUICK",
     "Job",
+    "check",
     "choose",
     "draw",
     "fill",
@@ -128,6 +129,38 @@ def choose(device: str | None, quick: bool) -> list[Job]:
         return list(QUICK if quick else JOBS)
     jobs = DEVICE_QUICK if quick or device == "cpu" else DEVICE_JOBS
     return [replace(job, case=replace(job.case, device=device)) for job in jobs]
+
+
+def check(folder: Path, page: Path | None, jobs: Sequence[Job]) -> None:
+    """Raise unless the results can be written and the page has a place for each, before hours of
+    measuring.
+
+    Args:
+        folder: of `run`.
+        page: of `fill`, or None.
+        jobs: what is to be measured.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: the page lacks a place.
+    """
+    check_writable(folder / "bench.json")
+    if page is not None:
+        check_regular(page)
+        text = page.read_text(encoding="utf-8")
+        for name in {**dict.fromkeys(job.section for job in jobs), "machine": None}:
+            _place(name, text, page)
+        check_writable(page)
+        if any(job.section == "length" for job in jobs):
+            check_writable(page.parent / "images" / "lengths.svg")
+
+
+def _place(name: str, text: str, page: Path) -> re.Pattern[str]:
+    """Where a page's text has a section, once, or a ValueError."""
+    place = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
+    if len(place.findall(text)) != 1:
+        raise ValueError(f"{page} needs <!-- {name} --> and then <!-- end -->, once.")
+    return place
 
 
 def run(folder: Path, jobs: Sequence[Job] = JOBS) -> list[dict[str, Any]]:
@@ -392,9 +425,7 @@ def fill(page: Path, results: Sequence[dict[str, Any]]) -> None:
     text = page.read_text(encoding="utf-8")
     below = footer(results[0]["case"]["device"])
     for name, part in {**tables(results), "machine": below}.items():
-        place = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
-        if len(place.findall(text)) != 1:
-            raise ValueError(f"{page} needs <!-- {name} --> and then <!-- end -->, once.")
+        place = _place(name, text, page)
         filled = f"<!-- {name} -->\n{part}\n<!-- end -->"
         text = place.sub(filled.replace("\\", r"\\"), text)
     if _of(results, "length"):

@@ -18,6 +18,7 @@ import torch
 
 from ..arrays import Array
 from ..cupy_engine import CoMeTEngine
+from ..files import check_regular
 from ..model import CoMeTModel
 from ..state import CoMeTState
 
@@ -75,9 +76,11 @@ def read_haystack(path: str | Path | None = None, split: str = "test") -> bytes:
         The text, UTF-8.
 
     Raises:
-        ValueError: the file is too short to cut pieces from.
+        OSError: the file cannot be read.
+        ValueError: it is too short to cut pieces from, or no regular file: it is read several times.
     """
     if path is not None:
+        check_regular(Path(path))
         text = Path(path).read_bytes()
     else:
         from pydoc_data.topics import topics
@@ -212,6 +215,13 @@ class Example:
     def text(self) -> bytes:
         """The whole text at once."""
         return b"".join(self.pieces())
+
+
+def check_length(length: int) -> None:
+    """Raise ValueError unless every key can be hidden in a text of so many bytes."""
+    fixed = len(DESCRIPTION) + len(INFORMATION.format(key=LARGEST_KEY)) + len(QUESTION) + 4
+    if length < fixed:
+        raise ValueError(f"length is {length} bytes; the task's fixed parts need up to {fixed}.")
 
 
 def first_number(answer: bytes) -> int | None:

@@ -19,9 +19,10 @@ import torch
 
 from reference.parameters import named_parameters, shapes
 
-from ..checkpoints import read_json
+from ..checkpoints import load_checkpoint, read_json
+from ..cupy_engine.libraries import import_library
 from ..drawing import COLOURS, save_figure, style
-from ..files import atomic_write
+from ..files import atomic_write, check_writable
 from ..machine import keep_memory, machine, peak_memory
 from . import passkey
 
@@ -29,6 +30,7 @@ __all__ = [
     "Measured",
     "Part",
     "Setting",
+    "check",
     "collect",
     "demo",
     "draw",
@@ -233,6 +235,38 @@ def measure(lengths: Sequence[int], setting: Setting) -> Iterator[Measured]:
             jobs = [pool.submit(_measure_part, setting, length, i) for i in range(setting.shares)]
             parts = [job.result() for job in jobs]
         yield join_parts(parts, length, setting.keys)
+
+
+def check(lengths: Sequence[int], setting: Setting, folder: Path | None, name: str) -> None:
+    """Raise unless keys can be hidden in such texts, the model reads bytes, and the results can be
+    written, before hours of measuring.
+
+    Args:
+        lengths: bytes of the texts.
+        setting: what is to be measured.
+        folder: of the results and pictures; None writes none.
+        name: of the results' file.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: a text is too short for the task, or the model's vocabulary is not bytes.
+    """
+    if setting.engine is not None:
+        import_library(setting.engine)
+    config, _ = load_checkpoint(Path(setting.model or passkey.SHIPPED), "np")
+    if config.backbone.vocab_size != 256:
+        raise ValueError(
+            f"the model has a vocabulary of {config.backbone.vocab_size}; a byte-level one has 256."
+        )
+    if setting.haystack is not None:
+        passkey.read_haystack(setting.haystack)
+    for length in lengths:
+        shortest = length - (config.memory.chunk_size - 1) * setting.tails
+        passkey.check_length(shortest)
+    if folder is not None:
+        pictures = (f"passkey_{setting.variant}{part}.png" for part in ("", "_cost"))
+        for file in (f"{name}.json", *pictures):
+            check_writable(folder / file)
 
 
 def footer(setting: Setting) -> str:

@@ -24,13 +24,14 @@ from torch import Tensor
 from reference.config import CoMeTConfig
 
 from ..checkpoints import read_training, write_training
+from ..files import check_writable
 from ..model import IGNORE, CoMeTModel
 from ..state import CoMeTState
 from . import passkey
 from .passkey_recipe import LATE_WINDOWS, STAGES, Recipe, small_config
 from .passkey_texts import Texts
 
-__all__ = ["Trainer", "train"]
+__all__ = ["Trainer", "check", "train"]
 
 WARMUP = 100
 """Steps over which the learning rate rises at the start of training."""
@@ -235,6 +236,12 @@ class Trainer:
         if norm.isfinite():
             self.optimizer.step()
         self.step += 1
+
+
+def check(folder: Path) -> None:
+    """Raise OSError unless every stage of `train` can write its checkpoint, before the first begins."""
+    for number in range(1, len(STAGES) + 1):
+        check_writable(folder / f"stage{number}" / "training.pt")
 
 
 def train(folder: Path, seed: int = 0) -> Path:
