@@ -31,6 +31,7 @@ __all__ = [
     "check_regular",
     "check_writable",
     "digest",
+    "put_parts",
     "told",
 ]
 
@@ -206,3 +207,24 @@ def atomic_save(path: Path, arrays: dict[str, Array], header: dict[str, Any]) ->
             file.write(_bytes(arrays[name]))
 
     _replace(path, write)
+
+
+def put_parts(text: str, parts: dict[str, str], page: Path) -> str:
+    """A page's text with its parts put between `<!-- NAME -->` and `<!-- end -->`, in place of what
+    is there.
+
+    Args:
+        text: Markdown.
+        parts: by name.
+        page: for the message.
+
+    Raises:
+        ValueError: the page has no such place, or several.
+    """
+    for name, part in parts.items():
+        place = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
+        if len(place.findall(text)) != 1:
+            raise ValueError(f"{page} needs <!-- {name} --> and then <!-- end -->, once.")
+        filled = f"<!-- {name} -->\n{part}\n<!-- end -->"
+        text = place.sub(filled.replace("\\", r"\\"), text)
+    return text

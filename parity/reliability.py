@@ -7,14 +7,18 @@ sentence. The suite makes some attempts of each kind, and `python -m parity.reli
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import multiprocessing
 import os
 import random
 import shutil
+import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,13 +29,17 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from fast import CoMeTConfig, CoMeTModel, CoMeTState
 from fast.__main__ import main
 from fast.checkpoints import read_training, write_training
 from fast.cupy_engine import CoMeTEngine
-from fast.files import UNFINISHED
+from fast.files import HEADER, UNFINISHED, atomic_save, atomic_write, put_parts
+from fast.machine import machine
+from fast.pretrained import save_published
 
 from .assertions import array, assert_state_equal
 from .strategies import random_model
@@ -99,13 +107,12 @@ class Subject:
 
     @classmethod
     def make(cls, folder: Path) -> Subject:
-        """Make them, and write `state`, `config.json` and `model.safetensors`."""
+        """Make them, and write `FILES`."""
         model = random_model(small(), 0)
         engine = CoMeTEngine.from_model(model, library="numpy")
         with torch.no_grad():
             state = model(TEXT, lengths=[7, 5], logits="none").state
-        state.save(folder / "state", model)
-        model.save_pretrained(folder)
+        save_all(folder, model, state, 0)
         return cls(folder, model, engine, state, state.to(engine))
 
 
@@ -212,7 +219,7 @@ LIKELY: dict[str, list[Any]] = {
     "rows": [[1, 0], (0,), np.array([1, 1]), torch.tensor([0]), None, [False, False]],
     "dtype": [torch.float32, torch.bfloat16, "float16", None],
     "seed": [1, 2**62],
-    "folder": [".", Path(), "new"],
+    "folder": ["model", Path("model"), "new"],
     "path": ["state", Path("state")],
 }
 """What is given seldom, and right, to some of the calls at least."""
@@ -291,11 +298,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "CoMeTModel.from_pretrained": (
         lambda s, **a: CoMeTModel.from_pretrained(**a),
-        {"folder": ".", "dtype": None, "device": None},
+        {"folder": "model", "dtype": None, "device": None},
     ),
     "CoMeTEngine.from_pretrained": (
         lambda s, **a: CoMeTEngine.from_pretrained(**a),
-        {"folder": ".", "dtype": None, "device": None, "library": "numpy"},
+        {"folder": "model", "dtype": None, "device": None, "library": "numpy"},
     ),
     "model.save_pretrained": (lambda s, **a: s.model.save_pretrained(**a), {"folder": "saved"}),
 }
@@ -364,7 +371,7 @@ def attempt_call(subject: Subject, case: tuple[str, dict[str, Callable[[Subject]
         return made
 
     before = subject.state.fork(), subject.engine_state.fork()
-    files = {path.name: path.read_bytes() for path in subject.folder.iterdir()}
+    files = {path.name for path in subject.folder.iterdir()}
     is_of_files = "path" in good or "folder" in good
     refusals = (ValueError, TypeError, *([OSError] if is_of_files else []))
     with contextlib.chdir(subject.folder):
@@ -381,7 +388,7 @@ def attempt_call(subject: Subject, case: tuple[str, dict[str, Callable[[Subject]
         if path.name not in files:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert_same((subject.state, subject.engine_state), before)
-    assert files.keys() <= {path.name for path in subject.folder.iterdir()}
+    assert files == {path.name for path in subject.folder.iterdir()}
     return outcome
 
 
@@ -402,6 +409,172 @@ def assert_same(found: Any, expected: Any) -> None:
         assert np.array_equal(x, y, equal_nan=x.dtype.kind == "f")
     elif isinstance(found, list):
         assert found == expected
+
+
+FILES = ("state", "model/model.safetensors", "model/config.json", "training.pt")
+"""What `save_all` writes."""
+
+
+def look(subject: Subject, name: str, words: tuple[str, ...] = ()) -> str:
+    """Read one of `FILES` after something was done to it: it holds what it held, or is refused."""
+    try:
+        if name == "state":
+            state = CoMeTState.load(subject.folder / name, subject.model)
+            assert_state_equal(state, subject.state, "the damaged state")
+        elif name == "training.pt":
+            run = read_training(subject.folder / name)
+            weights = subject.model.state_dict()
+            assert run["number"] == 0
+            assert run["model"].keys() == weights.keys()
+            assert all(torch.equal(x, weights[key]) for key, x in run["model"].items())
+        else:
+            model = CoMeTModel.from_pretrained(subject.folder / "model")
+            assert same_weights(model, subject.model), "other weights were read"
+    except ValueError as error:
+        return told(error, "state", "onfig", str(subject.folder), *words)
+    return AS_BEFORE
+
+
+@contextlib.contextmanager
+def written_over(path: Path, data: bytes) -> Iterator[None]:
+    """Other bytes in a file, as long as the block lasts."""
+    whole = path.read_bytes()
+    path.write_bytes(data)
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+@st.composite
+def damages(draw: st.DrawFn, kinds: tuple[str, ...]) -> tuple[str, Callable[[bytes], bytes]]:
+    """A file, and what happens to its bytes: one is changed, some are lost, some come between."""
+    kind, where = draw(st.sampled_from(kinds)), draw(st.floats(0, 1))
+    more = draw(st.binary(min_size=1, max_size=8))
+    bits = draw(st.integers(1, 255))
+
+    def damage(data: bytes) -> bytes:
+        at = min(int(where * len(data)), len(data) - 1)
+        if kind == "flip":
+            return data[:at] + bytes([data[at] ^ bits]) + data[at + 1 :]
+        return data[:at] if kind == "cut" else data[:at] + more + data[at:]
+
+    return draw(st.sampled_from(FILES)), damage
+
+
+def attempt_damage(subject: Subject, case: tuple[str, Callable[[bytes], bytes]]) -> str:
+    name, damage = case
+    path = subject.folder / name
+    with written_over(path, damage(path.read_bytes())):
+        return look(subject, name)
+
+
+header_changes = st.tuples(
+    st.sampled_from([name for name in FILES if not name.endswith(".json")]),
+    st.integers(0, 10**6),
+    st.sampled_from(["drop", "rename", "replace"]),
+    st.sampled_from([None, True, 0, -1, 7, 2**70, "", "F32", "x", [], [0], [0, 8], {}, "0" * 64]),
+)
+"""A file, an entry of its header, at any depth, and what becomes of it."""
+
+
+def attempt_header(subject: Subject, case: tuple[str, int, str, Any]) -> str:
+    """One entry of a header is another, in a header that is whole and says how long it is."""
+    name, number, how, value = case
+    path = subject.folder / name
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    own = json.loads(header["__metadata__"][HEADER])
+    before = json.dumps(own)
+    places: list[tuple[dict[str, Any], str]] = []
+
+    def walk(part: dict[str, Any]) -> None:
+        for key, inner in part.items():
+            places.append((part, key))
+            if isinstance(inner, dict):
+                walk(inner)
+
+    walk(header)
+    walk(own)
+    part, key = places[number % len(places)]
+    old = part.pop(key)
+    if how != "drop":
+        part["x" if how == "rename" else key] = old if how == "rename" else value
+    if json.dumps(own) != before:
+        header["__metadata__"][HEADER] = json.dumps(own)
+    head = json.dumps(header).encode()
+    with written_over(path, len(head).to_bytes(8, "little") + head + data[8 + size :]):
+        return look(subject, name, ("header",))
+
+
+COUNTS = ("tokens", "chunks", "open_tokens", "row_length", "queue_length")
+count_changes = st.tuples(
+    st.sampled_from(COUNTS), st.sampled_from([-5, -2, -1, 1, 2, 5, 2**62]), st.integers(0, 1)
+)
+"""A count of a state, what is added to it, and in which sequence."""
+
+
+def attempt_counts(subject: Subject, case: tuple[str, int, int]) -> str:
+    """A state whose counts contradict its row is refused, though its digest is right. More text
+    closed before, or other chunks of it, is no contradiction.
+    """
+    name, change, row = case
+    path = subject.folder / "counts"
+    arrays = load_file(subject.folder / "state")
+    arrays[f"count.{name}"][row] += change
+    tokens, chunks, now = (int(arrays[f"count.{n}"][row]) for n in COUNTS[:3])
+    is_possible = name in ("tokens", "chunks") and 1 <= chunks <= tokens - now
+    atomic_save(path, arrays, {"kind": "state", "version": 2, "model": subject.state.model})
+    try:
+        loaded = CoMeTState.load(path, subject.model)
+    except ValueError as error:
+        if is_possible:
+            raise AssertionError("counts that fit were refused") from error
+        return told(error, "the state")
+    finally:
+        path.unlink()
+    assert is_possible, "counts that contradict the row were loaded"
+    assert int(getattr(loaded, name)[row]) == int(arrays[f"count.{name}"][row])
+    return WORKED
+
+
+NUMBERS = [10**9, 2**31, 2**63, 10**400, 1e300, -1, 0, 0.5, True, None, "4", [4], {}, [], "linear"]
+config_changes = st.tuples(st.booleans(), st.integers(0, 60), st.sampled_from(NUMBERS))
+"""Whether of an official checkpoint, a field of its config, and what it says."""
+
+
+def attempt_config(subject: Subject, case: tuple[bool, int, Any]) -> str:
+    """A config is refused, or taken at its word, beside weights that do not tell theirs."""
+    is_official, number, value = case
+    folder = subject.folder / "other"
+    model = subject.model
+    if is_official:
+        backbone = dataclasses.replace(model.config.backbone, qk_norm=True)
+        model = random_model(CoMeTConfig(backbone, model.config.memory), 0)
+        save_published(folder, model.config, model.weights)
+        data = json.loads((folder / "config.json").read_text())
+        names = [(data, name) for name in sorted(data)]
+    else:
+        model.save_pretrained(folder)
+        save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        data = model.config.to_dict()
+        names = [(data[part], name) for part in sorted(data) for name in sorted(data[part])]
+    part, name = names[number % len(names)]
+    before, part[name] = part[name], value
+    (folder / "config.json").write_text(json.dumps(data))
+    try:
+        loaded = CoMeTModel.from_pretrained(folder)
+    except ValueError as error:
+        return told(error, name, "onfig", str(folder))
+    finally:
+        shutil.rmtree(folder)
+    if is_official:
+        tells_nothing = ("architectures", "model_type", "torch_dtype", "placeholder_id")
+        assert name in tells_nothing or value == before or loaded.config != model.config
+    else:
+        assert loaded.config.to_dict() == data
+    return WORKED
 
 
 class StartedError(Exception):
@@ -622,3 +795,111 @@ def _look_at_files(
         return Counter({"whole": 3, "of two saves, refused": 1})
     assert any(same_weights(model, expected) for expected, _ in pairs)
     return Counter({"whole": 4})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tried many times."""
+
+    what: str
+    """In words."""
+
+    cases: st.SearchStrategy[Any]
+    attempt: Callable[[Any, Any], str]
+    times: int
+
+
+TRIALS = (
+    Trial("one byte of a file changed", damages(("flip",)), attempt_damage, 1000),
+    Trial("a file cut short", damages(("cut",)), attempt_damage, 1000),
+    Trial("bytes put into a file", damages(("grow",)), attempt_damage, 1000),
+    Trial("an entry of a header dropped, renamed or replaced", header_changes, attempt_header, 1000),
+    Trial("a count of a state changed, the digest right", count_changes, attempt_counts, 1000),
+    Trial("a config's field replaced, beside weights that tell no config", config_changes,
+          attempt_config, 1000),
+    Trial("a call with one or two arguments of any kind", bad_calls(), attempt_call, 1000),
+)  # fmt: skip
+COMMANDS = Trial("a command line of right and wrong words", command_lines(), attempt_command, 1000)
+KILLS = 100
+
+
+def tally(trial: Trial, subject: Any) -> Counter:
+    """Make a trial's attempts; those that fail are counted as wrong, and the first is printed."""
+    found: Counter = Counter()
+
+    @seed(0)
+    @settings(
+        max_examples=trial.times,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(trial.cases)
+    def run(case: Any) -> None:
+        try:
+            found[trial.attempt(subject, case)] += 1
+        except Exception as error:
+            found["wrong"] += 1
+            if found["wrong"] == 1:
+                print(f"{trial.what}: {error!r}")
+
+    run()
+    return found
+
+
+def table() -> tuple[str, int]:
+    """Make all trials: a Markdown table, and how many attempts went wrong."""
+    rows, wrong = [], 0
+
+    def add(what: str, found: Counter) -> None:
+        good = found[AS_BEFORE] + found[WORKED]
+        total = found[REFUSED] + good + found["wrong"]
+        rows.append(f"| {what} | {total:,} | {found[REFUSED]:,} | {good:,} | {found['wrong']:,} |")
+        print(rows[-1], flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        places = {name: Path(folder) / name for name in ("subject", "places", "same", "other")}
+        for place in places.values():
+            place.mkdir()
+        subject = Subject.make(places["subject"])
+        make_places(places["places"])
+        for trial in (*TRIALS, COMMANDS):
+            found = tally(trial, places["places"] if trial is COMMANDS else subject)
+            wrong += found["wrong"]
+            add(trial.what, found)
+        unfinished = 0
+        for name, same in (("same", True), ("other", False)):
+            found = kill_writers(places[name], KILLS // 2, 0, same)
+            what = "one config" if same else "two configs"
+            outcomes = {AS_BEFORE: found["whole"], REFUSED: found["of two saves, refused"]}
+            add(f"a file after {KILLS // 2} kills, saves of {what} in turn", Counter(outcomes))
+            unfinished += found["left unfinished"]
+    head = "| what was tried | times | refused in a sentence | held what it held, or did well | wrong |"
+    lines = [head, "| --- | ---: | ---: | ---: | ---: |", *rows, ""]
+    lines.append(
+        f"Of {KILLS} kills {unfinished} came in the middle of a file; the next save removed what "
+        "was left of it."
+    )
+    return "\n".join(lines), wrong
+
+
+def fill() -> None:
+    """Make all trials, and put the table into a page where one is named."""
+    parser = argparse.ArgumentParser(prog="python -m parity.reliability", description=__doc__)
+    parser.add_argument("--page", type=Path, help="a Markdown page to put the table into")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    text, wrong = table()
+    parts = {"machine": machine("1 thread"), "tries": text}
+    if args.page is not None:
+        page = args.page.read_text(encoding="utf-8")
+        atomic_write(args.page, put_parts(page, parts, args.page))
+    print(f"\n{text}\n\n{parts['machine']}")
+    if wrong:
+        parser.exit(1, f"{wrong} attempts went wrong\n")
+
+
+if __name__ == "__main__":
+    fill()

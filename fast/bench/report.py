@@ -5,7 +5,6 @@ a page.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..drawing import COLOURS, save_figure, style
-from ..files import atomic_write, check_regular, check_writable
+from ..files import atomic_write, check_regular, check_writable, put_parts
 from ..machine import machine
 from . import devices, speed
 from .speed import Case, Timed
@@ -148,19 +147,10 @@ def check(folder: Path, page: Path | None, jobs: Sequence[Job]) -> None:
     if page is not None:
         check_regular(page)
         text = page.read_text(encoding="utf-8")
-        for name in {**dict.fromkeys(job.section for job in jobs), "machine": None}:
-            _place(name, text, page)
+        put_parts(text, dict.fromkeys([*(job.section for job in jobs), "machine"], ""), page)
         check_writable(page)
         if any(job.section == "length" for job in jobs):
             check_writable(page.parent / "images" / "lengths.svg")
-
-
-def _place(name: str, text: str, page: Path) -> re.Pattern[str]:
-    """Where a page's text has a section, once, or a ValueError."""
-    place = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
-    if len(place.findall(text)) != 1:
-        raise ValueError(f"{page} needs <!-- {name} --> and then <!-- end -->, once.")
-    return place
 
 
 def run(folder: Path, jobs: Sequence[Job] = JOBS) -> list[dict[str, Any]]:
@@ -424,10 +414,7 @@ def fill(page: Path, results: Sequence[dict[str, Any]]) -> None:
     """
     text = page.read_text(encoding="utf-8")
     below = footer(results[0]["case"]["device"])
-    for name, part in {**tables(results), "machine": below}.items():
-        place = _place(name, text, page)
-        filled = f"<!-- {name} -->\n{part}\n<!-- end -->"
-        text = place.sub(filled.replace("\\", r"\\"), text)
+    text = put_parts(text, {**tables(results), "machine": below}, page)
     if _of(results, "length"):
         draw(results, page.parent / "images" / "lengths.svg")
     atomic_write(page, text)
