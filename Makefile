@@ -7,10 +7,10 @@ READY_DOCS := $(VENV)/.ready_docs
 READY_NOTEBOOKS := $(VENV)/.ready_notebooks
 SPHINX = $(BIN)/python -m sphinx -q --fail-on-warning --keep-going --doctree-dir build/doctrees docs
 
-.PHONY: help demo test bench bench-gpu notebooks lint thorough docs links pictures clean
+.PHONY: help demo test bench bench-gpu reliability notebooks lint thorough docs links pictures clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## find pass keys hidden anywhere in up to a million bytes
 	$(BIN)/python -m fast demo
@@ -23,6 +23,9 @@ bench: $(READY) ## fill docs/performance.md anew; QUICK=1: a few rows, in minute
 
 bench-gpu: $(READY) ## fill docs/gpu-performance.md, on a GPU; QUICK=1: a few rows, the page stays
 	$(BIN)/python -m fast bench --device cuda $(if $(QUICK),--quick,--page docs/gpu-performance.md)
+
+reliability: $(READY) ## fill docs/reliability.md anew, in minutes: damaged files, kills, bad calls
+	$(BIN)/python -m parity.reliability --page docs/reliability.md
 
 notebooks: $(READY_NOTEBOOKS) ## open the teaching notebooks in JupyterLab
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks

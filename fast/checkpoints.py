@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_arrays",
     "load_checkpoint",
     "named_tensors",
+    "of_file",
     "read_file",
     "read_header",
     "read_json",
@@ -107,7 +109,8 @@ def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, d
             f"{folder / CONFIG} is neither a CoMeT config (keys 'backbone' and 'memory') nor an "
             f"official CoMeT checkpoint's (key 'temp_beacon_id'); it has {sorted(data)[:8]}."
         )
-    config = CoMeTConfig.from_dict(data)
+    with of_file(folder / CONFIG):
+        config = CoMeTConfig.from_dict(data)
     tensors = read_tensors(folder, framework)
     check_layers(config, tensors, folder)
     if (folder / MODEL).exists():
@@ -123,6 +126,15 @@ def load_checkpoint(folder: Path, framework: str = "pt") -> tuple[CoMeTConfig, d
     )
     check_weights(weights, config)
     return config, weights
+
+
+@contextmanager
+def of_file(path: Path) -> Iterator[None]:
+    """Let a ValueError of the block name the file that its numbers are from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} is no config of a model: {error}") from error
 
 
 def check_layers(config: CoMeTConfig, tensors: Collection[str], folder: Path) -> None:

@@ -750,7 +750,7 @@ def kill_writers(folder: Path, times: int, seed: int, same_config: bool) -> Coun
     with torch.no_grad():
         pairs = saved_pairs(same_config)
     context = multiprocessing.get_context("forkserver")  # imports PyTorch once
-    context.set_forkserver_preload(["parity.reliability"])
+    context.set_forkserver_preload(["fast.__main__", "parity.strategies"])
     save_all(folder, *pairs[0], 0)
     for _ in range(times):
         ready, there = context.Pipe(duplex=False)

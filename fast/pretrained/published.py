@@ -20,6 +20,7 @@ from ..checkpoints import (
     check_layers,
     check_weights,
     named_tensors,
+    of_file,
     read_json,
     read_tensors,
     refuse_broken,
@@ -262,16 +263,17 @@ def _read_config(data: dict[str, Any], tensors: dict[str, Array], folder: Path) 
         t for name, t in tensors.items() if name.endswith("down_proj.weight") and "_net." in name
     ]
     shared: dict[str, Any] = {name: data.get(name) for name in SHARED_FIELDS}
-    return CoMeTConfig(
-        BackboneConfig(vocab_size=data["vocab_size"], qk_norm=True, **shared),
-        MemoryConfig(
-            chunk_size=data["chunk_size"],
-            global_memory_size=len(readout),
-            temporary_memory_size=data["temp_mem_budget"],
-            compression_stride=max(data["temp_beacon_stride"], 0),
-            adapter_rank=len(down[0]) if down else PUBLISHED_RANK,
-        ),
-    )
+    with of_file(folder / CONFIG):
+        return CoMeTConfig(
+            BackboneConfig(vocab_size=data["vocab_size"], qk_norm=True, **shared),
+            MemoryConfig(
+                chunk_size=data["chunk_size"],
+                global_memory_size=len(readout),
+                temporary_memory_size=data["temp_mem_budget"],
+                compression_stride=max(data["temp_beacon_stride"], 0),
+                adapter_rank=len(down[0]) if down else PUBLISHED_RANK,
+            ),
+        )
 
 
 def _config_data(config: CoMeTConfig, ids: PublishedIds, table: Array) -> dict[str, Any]:
