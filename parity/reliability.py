@@ -449,12 +449,12 @@ def written_over(path: Path, data: bytes) -> Iterator[None]:
 @st.composite
 def damages(draw: st.DrawFn, kinds: tuple[str, ...]) -> tuple[str, Callable[[bytes], bytes]]:
     """A file, and what happens to its bytes: one is changed, some are lost, some come between."""
-    kind, where = draw(st.sampled_from(kinds)), draw(st.floats(0, 1))
+    kind, where = draw(st.sampled_from(kinds)), draw(st.integers(0, 10**6))
     more = draw(st.binary(min_size=1, max_size=8))
     bits = draw(st.integers(1, 255))
 
     def damage(data: bytes) -> bytes:
-        at = min(int(where * len(data)), len(data) - 1)
+        at = where % len(data)
         if kind == "flip":
             return data[:at] + bytes([data[at] ^ bits]) + data[at + 1 :]
         return data[:at] if kind == "cut" else data[:at] + more + data[at:]
