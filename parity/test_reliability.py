@@ -25,31 +25,26 @@ from fast.cupy_engine import CoMeTEngine
 from fast.pretrained import save_published
 
 from .assertions import assert_state_equal
-from .reliability import (
-    AS_BEFORE,
-    COUNTS,
-    REFUSED,
-    TEXT,
-    WORKED,
-    Subject,
-    attempt_call,
+from .reliability import AS_BEFORE, REFUSED, TEXT, WORKED, Subject, same_weights, small
+from .reliability.calls import attempt_call, bad_calls
+from .reliability.commands import (
     attempt_command,
+    command_lines,
+    make_places,
+    nothing_measured,
+)
+from .reliability.files import (
+    COUNTS,
     attempt_config,
     attempt_counts,
     attempt_damage,
     attempt_header,
-    bad_calls,
-    command_lines,
     config_changes,
     count_changes,
     damages,
     header_changes,
-    kill_writers,
-    make_places,
-    nothing_measured,
-    same_weights,
-    small,
 )
+from .reliability.kills import kill_writers
 from .strategies import random_model
 
 pytestmark = pytest.mark.host
