@@ -7,7 +7,7 @@ READY_DOCS := $(VENV)/.ready_docs
 READY_NOTEBOOKS := $(VENV)/.ready_notebooks
 SPHINX = $(BIN)/python -m sphinx -q --fail-on-warning --keep-going --doctree-dir build/doctrees docs
 
-.PHONY: help demo test bench bench-gpu reliability notebooks lint thorough docs links pictures clean
+.PHONY: help demo test bench bench-gpu reliability notebooks lint thorough mutants docs links pictures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ notebooks: $(READY_NOTEBOOKS) ## open the teaching notebooks in JupyterLab
 
 thorough: $(READY) ## the suite with 3,000 examples a property
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest parity/ -n auto -q
+
+mutants: $(READY) ## small random changes of fast/: which ones does the suite miss? SEED=1 NUMBER=200
+	$(BIN)/python -m parity.mutants --seed $(or $(SEED),1) --number $(or $(NUMBER),200)
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
