@@ -52,7 +52,7 @@ NEAR = {
     "recorder": "recorder",
     "rows": "rows stream splitting recorder",
     "sampling": "decoding errors",
-    "state": "state errors batches checkpoints",
+    "state": "state errors reliability batches",
     "stream": "stream splitting batches gradients",
     "temporary_memory": "temporary_memory stream",
     "cupy_engine/cells": "engine",
@@ -67,11 +67,9 @@ NEAR = {
 }
 """Modules of `fast/` that are mutated, with the test files that are likely to notice, in order."""
 
-LEFT_OUT = {"test_bench", "test_docs", "test_notebooks", "test_watch", "test_mutants"} | {
-    "test_faults",
-    "test_kernel_faults",
-}
-"""Test files that say nothing of the core, or put faults of their own into it."""
+LEFT_OUT = {f"test_{name}" for name in ("bench", "docs", "faults", "notebooks", "watch")}
+LEFT_OUT |= {"faults", "mutants", "test_kernel_faults", "test_mutants"}
+"""Files of `parity/` that say nothing of the core, or put faults of their own into it."""
 
 SLOW = ("test_compile", "test_devices")
 """Test files that are tried last."""
@@ -310,18 +308,13 @@ def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]
     return "killed", failed[1] if failed else said[-300:]
 
 
-def judge(
-    folder: Path, mutant: Mutant, near: list[str], far: list[str], seconds: float
-) -> tuple[str, str]:
+def judge(folder: Path, mutant: Mutant, tests: list[str], seconds: float) -> tuple[str, str]:
     """Try a mutant in a copy of the project, which is left as it was; as `run_tests` returns."""
     path = folder / "fast" / mutant.file
     source = path.read_bytes()
     path.write_text(mutant.source)
     try:
-        verdict = run_tests(folder, near, seconds)
-        if verdict[0] == "survived" and far:
-            verdict = run_tests(folder, far, PATIENCE * seconds)
-        return verdict
+        return run_tests(folder, tests, seconds)
     finally:
         path.write_bytes(source)
 
@@ -354,13 +347,14 @@ def main(arguments: list[str] | None = None) -> int:
         ignored = shutil.ignore_patterns(".git", ".venv", ".hypothesis", "runs", "build")
         shutil.copytree(ROOT, folder, ignore=ignored)
         sources = core(folder)
-        laws = {path.name: path.read_text() for path in sorted((folder / "parity").glob("*.py"))}
+        laws = {path.name: path.read_text() for path in (folder / "parity").glob("*.py")}
+        laws = {name: text for name, text in laws.items() if Path(name).stem not in LEFT_OUT}
         results = {"code": digest(sources), "laws": "", "seconds": 0.0, "mutants": {}}
         if record.exists():
             earlier = json.loads(record.read_text())
             results = earlier if earlier["code"] == results["code"] else results
-        tests = sorted(Path(name).stem for name in laws if name.startswith("test_"))
-        tests = sorted(set(tests) - LEFT_OUT, key=lambda test: (test in SLOW, test))
+        tests = [Path(name).stem for name in laws if name.startswith("test_")]
+        tests.sort(key=lambda test: (test in SLOW, test))
 
         def keep(began: float) -> None:
             results["seconds"] += time.monotonic() - began
@@ -375,21 +369,25 @@ def main(arguments: list[str] | None = None) -> int:
             results["laws"] = digest(laws)
             keep(began)
         found, known = all_mutants(sources), equivalents()
-        drawn, verdicts = draw(found, options.seed, options.number), []
-        for i, mutant in enumerate(drawn, start=1):
-            name, began = f"{mutant.line} | " + " | ".join(mutant.key), time.monotonic()
-            verdict, by = results["mutants"].get(name, ("survived", ""))
-            if mutant.key in known:
-                verdict, by = "equivalent", known[mutant.key]
-            elif verdict == "survived":
+        drawn = draw(found, options.seed, options.number)
+        names = [f"{mutant.line} | " + " | ".join(mutant.key) for mutant in drawn]
+        verdicts = [
+            "equivalent" if mutant.key in known else results["mutants"].get(name, ["survived"])[0]
+            for mutant, name in zip(drawn, names, strict=True)
+        ]
+        for is_near in (True, False):  # the quick tests of all mutants first
+            seconds = options.seconds * (1 if is_near else PATIENCE)
+            for i, mutant in enumerate(drawn):
+                if verdicts[i] != "survived":
+                    continue
                 near = [f"test_{test}" for test in NEAR[mutant.file.removesuffix(".py")].split()]
-                far = [test for test in tests if test not in near]
-                verdict, by = judge(folder, mutant, near, far, options.seconds)
-                results["mutants"][name] = verdict, by
+                tried = near if is_near else [test for test in tests if test not in near]
+                began = time.monotonic()
+                verdicts[i], by = judge(folder, mutant, tried, seconds)
+                results["mutants"][names[i]] = verdicts[i], by
                 keep(began)
-            verdicts.append(verdict)
-            place = f"fast/{mutant.file}:{mutant.line}"
-            print(f"{i:4} {verdict:10} {place:36} {by}", flush=True)
+                place = f"{'near' if is_near else 'far'} fast/{mutant.file}:{mutant.line}"
+                print(f"{i + 1:4} {verdicts[i]:10} {place:40} {by}", flush=True)
     for mutant, verdict in zip(drawn, verdicts, strict=True):
         if verdict == "survived":
             print("\n" + show(mutant, sources[mutant.file]))
