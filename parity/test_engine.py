@@ -398,9 +398,15 @@ def test_float32_is_as_exact_as_the_reference_in_float32(home, case, data):
         assert_at_most(largest_error(logits, truth), limit, f"float32, sequence {i}")
 
 
-@given(seed=seeds, top_k=st.sampled_from([None, 1, 3]), top_p=st.sampled_from([None, 0.5, 0.9]))
-def test_sampling_draws_each_token_as_often_as_its_chance(seed, top_k, top_p):
-    """Evenly spaced draws in place of random ones: the counts are the chances."""
+@given(
+    seed=seeds,
+    top_k=st.sampled_from([None, 1, 3]),
+    top_p=st.sampled_from([None, 0.5, 0.9]),
+    shift=st.sampled_from([0.0, 1000.0, -1000.0]),
+)
+def test_sampling_draws_each_token_as_often_as_its_chance(seed, top_k, top_p, shift):
+    """Evenly spaced draws in place of random ones: the counts are the chances, which do not depend
+    on a number that is added to all logits."""
     rng, draws = np.random.default_rng(seed), 4000
     logits, temperature = normal(rng, 1, 7), 0.7
     chances = np.exp(logits[0] / temperature) / np.exp(logits[0] / temperature).sum()
@@ -415,7 +421,7 @@ def test_sampling_draws_each_token_as_often_as_its_chance(seed, top_k, top_p):
         def random(self, n):
             return (np.arange(n) + 0.5) / n
 
-    tokens = sample(np.repeat(logits, draws, axis=0), temperature, top_k, top_p, Even())
+    tokens = sample(np.repeat(logits + shift, draws, axis=0), temperature, top_k, top_p, Even())
     counts = np.bincount(tokens, minlength=7) / draws
     assert_at_most(np.abs(counts - expected).max(), 1 / draws, "share of draws")
 
@@ -498,6 +504,10 @@ def test_what_float16_cannot_hold_is_refused(make_config, tmp_path):
     CoMeTModel(config, to_tensors(params, torch.float64)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="norm holds .* more than float16 can"):
         CoMeTEngine.from_pretrained(tmp_path, dtype="float16", library="numpy")
+    params["norm"] = np.full_like(params["norm"], 65504)  # the largest that it can
+    CoMeTModel(config, to_tensors(params, torch.float64)).save_pretrained(tmp_path)
+    engine = CoMeTEngine.from_pretrained(tmp_path, dtype="float16", library="numpy")
+    assert (engine.weights["norm"] == 65504).all()
 
 
 def test_it_reads_the_shipped_checkpoint():
@@ -568,6 +578,18 @@ def test_reading_asks_for_no_more_than_it_is_asked():
     ids = np.arange(8)[None] % VOCAB
     parts = engine_stream.read(ids, engine.new_state(), engine.weights, config, outputs="none")
     assert {part.hidden.shape[1] for part in parts} == {0}
+
+
+@given(case=cases(), closes=st.booleans())
+def test_a_row_keeps_no_memory_but_its_own(case, closes):
+    """A view would keep the longer row alive that it was cut from, after its chunk has closed."""
+    config, seed, ids = case
+    engine = NUMPY.engine(config, random_weights(config, seed))
+    lengths = [len(ids), -(-len(ids) // 2)]
+    state = engine(np.array([ids, ids[::-1]]), lengths=lengths, logits="none").state
+    state = engine.close_chunk(state) if closes else state
+    for x in (*state.keys, *state.values):
+        assert x.base is None or x.base.nbytes == x.nbytes
 
 
 def no_gpu():

@@ -2,6 +2,7 @@
 the state that was passed in as it was."""
 
 import pytest
+import torch
 
 from fast import CoMeTModel, CoMeTState
 
@@ -118,6 +119,13 @@ def test_bad_input_is_refused_and_the_state_kept(model, state, call, match):
         call(model, state)
     assert_state_equal(state, before, "the state passed in")
     model(TEXT, state=state)
+
+
+def test_the_largest_count_is_a_count(model, state):
+    expected = model(TEXT, state=state).logits
+    assert torch.equal(model(TEXT, state=state, backprop_chunks=2**62).logits, expected)
+    with pytest.raises(ValueError, match=f"at most {2**62}"):
+        model(TEXT, state=state, backprop_chunks=2**62 + 1)
 
 
 def test_a_state_of_another_model_is_refused(model, state, make_config):

@@ -149,6 +149,8 @@ def test_what_is_recorded_is_what_the_reference_computes(path, case, data):
         assert sum(bool(r.closes[i]) for r in recorder.rounds) == alone[i].chunks
         for layer in range(config.backbone.num_hidden_layers):
             text = [r.attention[layer][i][:, : r.take[i]].swapaxes(0, 1) for r in recorder.rounds]
+            padding = [r.attention[layer][i][:, r.take[i] :] for r in recorder.rounds]
+            assert all(np.isnan(part).all() for part in padding)
             expected = np.array([token[layer] for token in seen.attention])
             assert_near(np.concatenate(text), expected, f"attention of layer {layer}")
             if not memory.has_global:

@@ -182,6 +182,17 @@ def test_counts_that_contradict_the_row_are_refused(subject, case):
     assert attempt_counts(subject, case) in (REFUSED, WORKED)
 
 
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_negative_count_is_refused(name, row):
+    """Of a sequence that has read nothing too, whose counts fit each other with many a mistake."""
+    model = random_model(small(), 0)
+    state = model.new_state(2)
+    getattr(state, name)[row] = -1
+    with pytest.raises(ValueError, match=rf"the state's {name} is .*; expected \[2\] >= 0"):
+        model(torch.tensor([[1], [2]]), state=state)
+
+
 @pytest.mark.parametrize(
     "text",
     [

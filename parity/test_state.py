@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fast import CoMeTState
+from fast import CoMeTState, Recorder
 from fast.cupy_engine import CoMeTEngine
 from reference import stream
 
@@ -57,6 +57,30 @@ def test_forks_go_on_alone(case, copies):
     assert_state_equal(state, before, "the state forked from")
     shared = {t.data_ptr() for t in (*state.keys, *state.global_state) if t.numel()}
     assert not shared & {t.data_ptr() for t in (*before.keys, *before.global_state) if t.numel()}
+
+
+@given(cases(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_a_state_tells_its_bytes(case, dtype):
+    config, seed, ids = case
+    model = random_model(config, seed).to(dtype)
+    with torch.no_grad():
+        state = model(tensor([ids, ids[::-1]]), logits="none").state
+    tensors = (*state.global_state, *state.temporary_memory, *state.keys, *state.values)
+    assert state.num_bytes == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_what_a_call_returns_cannot_be_changed(make_config):
+    model = random_model(make_config(), 0)
+    engine, ids, recorder = (
+        CoMeTEngine(model.config, arrays_of(model)),
+        tensor([[1, 2]]),
+        Recorder(),
+    )
+    returned = [model(ids, recorder=recorder), model.generate(ids, max_new_tokens=1)]
+    returned += [engine(array(ids)), engine.generate(array(ids), max_new_tokens=1)]
+    for value in (*returned, returned[0].state, recorder.rounds[0]):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, dataclasses.fields(value)[0].name, None)
 
 
 @given(cases())
@@ -160,6 +184,11 @@ def test_a_changed_file_is_refused(tmp_path, make_config):
     refused({"count.tokens": None}, "tokens")
     refused({"keys.0": None}, "keys")
     refused({"keys.0": whole["keys.0"][:, :, :, :1].contiguous()}, "keys")
+    for i in (0, 1):  # one layer with less than the counts say
+        shorter = whole[f"temporary_memory.{i}"][:, 1:].contiguous()
+        refused({f"temporary_memory.{i}": shorter}, "queue_length")
+        for part in ("keys", "values"):
+            refused({f"{part}.{i}": whole[f"{part}.{i}"][:, :, 1:].contiguous()}, "row_length")
     refused({"stranger": torch.zeros(1)}, "stranger")
     refused({"keys.x": torch.zeros(1)}, "layers of keys")
     refused({"keys.0": None, "keys.7": whole["keys.0"]}, "layers of keys")

@@ -73,6 +73,18 @@ def test_memory_does_not_grow_with_the_text(case):
         assert state.num_bytes <= bound
 
 
+@given(cases(), st.booleans())
+def test_a_row_keeps_no_storage_but_its_own(case, closes):
+    """A view would keep the longer row alive that it was cut from, after its chunk has closed."""
+    config, seed, ids = case
+    model, half = random_model(config, seed), -(-len(ids) // 2)
+    with torch.no_grad():
+        state = model(tensor([ids, ids[::-1]]), lengths=[len(ids), half], logits="none").state
+        state = model.close_chunk(state) if closes else state
+    for t in (*state.keys, *state.values):
+        assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
+
+
 @given(cases())
 def test_no_call_changes_its_arguments(case):
     config, seed, ids = case
