@@ -4,9 +4,9 @@
 
 A mutant is the project with one small change of syntax in the core of `fast/`: an operator, a
 constant, a condition, the bound of a slice, an argument or a statement. The seed shuffles all
-places that can be changed, so a larger number only adds mutants. Each is tried in one copy of the
-project: first on the test files that are near its module, then, if it survives, on all others. It
-is killed by any test that fails. Those that compute the same thing as the code are listed, with
+places that can be changed, so a larger number only adds mutants. Each is tried in a copy of the
+project: first on the test files that are near its module, with few examples a property, then, if it
+survives, on all files, with more. It is killed by any test that fails. Those that compute the same thing as the code are listed, with
 reasons, in `parity/mutants.toml`.
 
 Results are kept in `runs/mutants/seed-SEED.json`, for as long as the code of `fast/` is the same:
@@ -75,7 +75,7 @@ SLOW = ("test_compile", "test_devices")
 """Test files that are tried last."""
 
 PATIENCE = 10
-"""The tests that are not near get this many times the limit: they take longer together."""
+"""All tests together get this many times the limit of those that are near."""
 
 OPERATORS = {
     ast.Add: [ast.Sub],
@@ -269,8 +269,14 @@ def equivalents() -> dict[tuple[str, str, str, str], str]:
     }
 
 
-def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]:
+def run_tests(folder: Path, tests: list[str], profile: str, seconds: float) -> tuple[str, str]:
     """Run test files of a copy of the project until one fails.
+
+    Args:
+        folder: the copy.
+        tests: names of files in `parity/`, in the order in which they are run.
+        profile: of Hypothesis, see `conftest.py`.
+        seconds: the limit.
 
     Returns:
         "survived", "killed" or "timed out"; and the test that failed, or the end of what pytest
@@ -279,7 +285,7 @@ def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]
     files = [f"parity/{test}.py" for test in tests]
     options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
     environment = {
-        "HYPOTHESIS_PROFILE": "faults",
+        "HYPOTHESIS_PROFILE": profile,
         "PYTHONDONTWRITEBYTECODE": "1",  # a mutant could be taken for the file of that second
         "PYTHONPATH": str(folder),
     }
@@ -308,13 +314,15 @@ def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]
     return "killed", failed[1] if failed else said[-300:]
 
 
-def judge(folder: Path, mutant: Mutant, tests: list[str], seconds: float) -> tuple[str, str]:
+def judge(
+    folder: Path, mutant: Mutant, tests: list[str], profile: str, seconds: float
+) -> tuple[str, str]:
     """Try a mutant in a copy of the project, which is left as it was; as `run_tests` returns."""
     path = folder / "fast" / mutant.file
     source = path.read_bytes()
     path.write_text(mutant.source)
     try:
-        return run_tests(folder, tests, seconds)
+        return run_tests(folder, tests, profile, seconds)
     finally:
         path.write_bytes(source)
 
@@ -337,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seed", type=int, default=1, help="of the draw (default: 1)")
     parser.add_argument("--number", type=int, default=200, help="of mutants (default: 200)")
-    limit = f"on the tests near a mutant, {PATIENCE} times as long on the others (default: 180)"
+    limit = f"on the tests near a mutant, {PATIENCE} times as long on all (default: 180)"
     parser.add_argument("--seconds", type=float, default=180, help=limit)
     options = parser.parse_args(arguments)
 
@@ -362,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if results["laws"] != digest(laws):  # else, if they failed, all would seem killed
             began = time.monotonic()
-            verdict, failed = run_tests(folder, tests, PATIENCE * options.seconds)
+            verdict, failed = run_tests(folder, tests, "faults", PATIENCE * options.seconds)
             if verdict != "survived":
                 print(f"The suite fails without a mutant: {verdict}, {failed}")
                 return 2
@@ -375,19 +383,19 @@ def main(arguments: list[str] | None = None) -> int:
             "equivalent" if mutant.key in known else results["mutants"].get(name, ["survived"])[0]
             for mutant, name in zip(drawn, names, strict=True)
         ]
-        for is_near in (True, False):  # the quick tests of all mutants first
-            seconds = options.seconds * (1 if is_near else PATIENCE)
+        for profile in ("few", "faults"):  # what is quick for all mutants first
             for i, mutant in enumerate(drawn):
                 if verdicts[i] != "survived":
                     continue
                 near = [f"test_{test}" for test in NEAR[mutant.file.removesuffix(".py")].split()]
-                tried = near if is_near else [test for test in tests if test not in near]
-                began = time.monotonic()
-                verdicts[i], by = judge(folder, mutant, tried, seconds)
+                far, seconds, began = [], options.seconds, time.monotonic()
+                if profile == "faults":
+                    far, seconds = [test for test in tests if test not in near], PATIENCE * seconds
+                verdicts[i], by = judge(folder, mutant, near + far, profile, seconds)
                 results["mutants"][names[i]] = verdicts[i], by
                 keep(began)
-                place = f"{'near' if is_near else 'far'} fast/{mutant.file}:{mutant.line}"
-                print(f"{i + 1:4} {verdicts[i]:10} {place:40} {by}", flush=True)
+                place = f"fast/{mutant.file}:{mutant.line}"
+                print(f"{i + 1:4} {verdicts[i]:10} {place:36} {by}", flush=True)
     for mutant, verdict in zip(drawn, verdicts, strict=True):
         if verdict == "survived":
             print("\n" + show(mutant, sources[mutant.file]))

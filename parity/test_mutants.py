@@ -135,6 +135,6 @@ def test_a_suite_that_fails_by_itself_judges_nothing(project, capsys):
 
 def test_a_mutant_that_does_not_end_is_told_apart(project):
     endless = mutants.Mutant("scale.py", 1, "half", "", "", "while True:\n    pass\n")
-    verdict = mutants.judge(project, endless, ["test_half"], seconds=3)
+    verdict = mutants.judge(project, endless, ["test_half"], "few", seconds=3)
     assert verdict == ("timed out", "3 s")
     assert (project / "fast" / "scale.py").read_text() == PROJECT["fast/scale.py"]
