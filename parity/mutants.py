@@ -332,6 +332,72 @@ def digest(texts: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
 
 
+class Record:
+    """What became of the mutants of one code, in a file that grows with every trial."""
+
+    def __init__(self, path: Path, sources: dict[str, str]) -> None:
+        self.path = path
+        self.found = {"code": digest(sources), "laws": "", "seconds": 0.0, "mutants": {}}
+        if path.exists():
+            earlier = json.loads(path.read_text())
+            self.found = earlier if earlier["code"] == self.found["code"] else self.found
+
+    def keep(self, began: float, **news: object) -> None:
+        """Add news, and the time that they took."""
+        self.found |= news
+        self.found["seconds"] += time.monotonic() - began
+        atomic_write(self.path, json.dumps(self.found, indent=1) + "\n")
+
+    @staticmethod
+    def name(mutant: Mutant) -> str:
+        """A mutant in this code."""
+        return f"{mutant.line} | " + " | ".join(mutant.key)
+
+    def verdict(self, mutant: Mutant) -> str:
+        """What is known of a mutant; "survived" asks for a trial."""
+        return self.found["mutants"].get(self.name(mutant), ["survived"])[0]
+
+
+def suite(folder: Path) -> dict[str, str]:
+    """The files of `parity/` that judge mutants, with their texts, slow tests last."""
+    paths = [path for path in (folder / "parity").glob("*.py") if path.stem not in LEFT_OUT]
+    paths.sort(key=lambda path: (path.stem in SLOW, path.stem))
+    return {path.stem: path.read_text() for path in paths}
+
+
+def try_mutants(
+    folder: Path, drawn: list[Mutant], tests: list[str], record: Record, seconds: float
+) -> list[str]:
+    """Try those of which it is not known that they are killed, or equivalent.
+
+    Args:
+        folder: a copy of the project.
+        drawn: the mutants.
+        tests: all test files.
+        record: of earlier trials; it gets those that are made.
+        seconds: the limit for the tests near a mutant.
+
+    Returns:
+        What became of each: "killed", "timed out", "survived" or "equivalent".
+    """
+    known = equivalents()
+    verdicts = ["equivalent" if m.key in known else record.verdict(m) for m in drawn]
+    for profile in ("few", "faults"):  # what is quick for all mutants first
+        for i, mutant in enumerate(drawn):
+            if verdicts[i] != "survived":
+                continue
+            near = [f"test_{test}" for test in NEAR[mutant.file.removesuffix(".py")].split()]
+            far, limit, began = [], seconds, time.monotonic()
+            if profile == "faults":
+                far, limit = [test for test in tests if test not in near], PATIENCE * seconds
+            verdicts[i], by = judge(folder, mutant, near + far, profile, limit)
+            record.found["mutants"][record.name(mutant)] = verdicts[i], by
+            record.keep(began)
+            place = f"fast/{mutant.file}:{mutant.line}"
+            print(f"{i + 1:4} {verdicts[i]:10} {place:36} {by}", flush=True)
+    return verdicts
+
+
 def show(mutant: Mutant, source: str) -> str:
     """A mutant's place and its lines."""
     lines = difflib.unified_diff(source.splitlines(), mutant.source.splitlines(), n=0, lineterm="")
@@ -349,60 +415,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=180, help=limit)
     options = parser.parse_args(arguments)
 
-    record = ROOT / "runs" / "mutants" / f"seed-{options.seed}.json"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "project"
         ignored = shutil.ignore_patterns(".git", ".venv", ".hypothesis", "runs", "build")
         shutil.copytree(ROOT, folder, ignore=ignored)
-        sources = core(folder)
-        laws = {path.name: path.read_text() for path in (folder / "parity").glob("*.py")}
-        laws = {name: text for name, text in laws.items() if Path(name).stem not in LEFT_OUT}
-        results = {"code": digest(sources), "laws": "", "seconds": 0.0, "mutants": {}}
-        if record.exists():
-            earlier = json.loads(record.read_text())
-            results = earlier if earlier["code"] == results["code"] else results
-        tests = [Path(name).stem for name in laws if name.startswith("test_")]
-        tests.sort(key=lambda test: (test in SLOW, test))
-
-        def keep(began: float) -> None:
-            results["seconds"] += time.monotonic() - began
-            atomic_write(record, json.dumps(results, indent=1) + "\n")
-
-        if results["laws"] != digest(laws):  # else, if they failed, all would seem killed
+        sources, laws = core(folder), suite(folder)
+        tests = [name for name in laws if name.startswith("test_")]
+        record = Record(ROOT / "runs" / "mutants" / f"seed-{options.seed}.json", sources)
+        if record.found["laws"] != digest(laws):  # else, if they failed, all would seem killed
             began = time.monotonic()
-            verdict, failed = run_tests(folder, tests, "faults", PATIENCE * options.seconds)
+            verdict, by = run_tests(folder, tests, "faults", PATIENCE * options.seconds)
             if verdict != "survived":
-                print(f"The suite fails without a mutant: {verdict}, {failed}")
+                print(f"The suite fails without a mutant: {verdict}, {by}")
                 return 2
-            results["laws"] = digest(laws)
-            keep(began)
-        found, known = all_mutants(sources), equivalents()
+            record.keep(began, laws=digest(laws))
+        found = all_mutants(sources)
         drawn = draw(found, options.seed, options.number)
-        names = [f"{mutant.line} | " + " | ".join(mutant.key) for mutant in drawn]
-        verdicts = [
-            "equivalent" if mutant.key in known else results["mutants"].get(name, ["survived"])[0]
-            for mutant, name in zip(drawn, names, strict=True)
-        ]
-        for profile in ("few", "faults"):  # what is quick for all mutants first
-            for i, mutant in enumerate(drawn):
-                if verdicts[i] != "survived":
-                    continue
-                near = [f"test_{test}" for test in NEAR[mutant.file.removesuffix(".py")].split()]
-                far, seconds, began = [], options.seconds, time.monotonic()
-                if profile == "faults":
-                    far, seconds = [test for test in tests if test not in near], PATIENCE * seconds
-                verdicts[i], by = judge(folder, mutant, near + far, profile, seconds)
-                results["mutants"][names[i]] = verdicts[i], by
-                keep(began)
-                place = f"fast/{mutant.file}:{mutant.line}"
-                print(f"{i + 1:4} {verdicts[i]:10} {place:36} {by}", flush=True)
+        verdicts = try_mutants(folder, drawn, tests, record, options.seconds)
+
     for mutant, verdict in zip(drawn, verdicts, strict=True):
         if verdict == "survived":
             print("\n" + show(mutant, sources[mutant.file]))
-
     count = Counter(verdicts)
     print(f"\nseed {options.seed}, {len(drawn)} mutants at {len(found)} places,", end=" ")
-    print(f"{results['seconds'] / 60:.0f} minutes")
+    print(f"{record.found['seconds'] / 60:.0f} minutes")
     for verdict in ("killed", "timed out", "survived", "equivalent"):
         print(f"{verdict:10} {count[verdict]:4}")
     return int(count["survived"] > 0)
