@@ -572,12 +572,15 @@ def test_bad_input_says_what_is_wrong(make_config, tmp_path):
 
 
 def test_reading_asks_for_no_more_than_it_is_asked():
-    """A round's outputs are [b, 0, d] where none are wanted: nothing is computed to be dropped."""
+    """A round's outputs are [b, 0, d] where none are wanted, and [b, 1, d] where the text ends and
+    its last one is: nothing is computed to be dropped.
+    """
     config = CoMeTConfig(BackboneConfig(VOCAB, 4, 3, 1, 1, 1, 2), MemoryConfig(3, 1, 2, 2))
     engine = NUMPY.engine(config, random_weights(config, 0))
     ids = np.arange(8)[None] % VOCAB
-    parts = engine_stream.read(ids, engine.new_state(), engine.weights, config, outputs="none")
-    assert {part.hidden.shape[1] for part in parts} == {0}
+    for outputs, widths in (("all", [3, 3, 2]), ("last", [0, 0, 1]), ("none", [0, 0, 0])):
+        parts = engine_stream.read(ids, engine.new_state(), engine.weights, config, outputs=outputs)
+        assert [part.hidden.shape[1] for part in parts] == widths
 
 
 @given(case=cases(), closes=st.booleans())

@@ -73,6 +73,23 @@ def test_memory_does_not_grow_with_the_text(case):
         assert state.num_bytes <= bound
 
 
+@given(cases())
+def test_a_round_has_no_more_outputs_than_are_asked_for(case):
+    """Nothing is computed, or kept, to be dropped."""
+    config, seed, ids = case
+    model = random_model(config, seed)
+
+    def widths(outputs):
+        rounds = fast.read(tensor([ids]), model.new_state(), model.weights, config, outputs=outputs)
+        return [part.hidden.shape[1] for part in rounds]
+
+    size = config.memory.chunk_size
+    takes = [min(size, len(ids) - start) for start in range(0, len(ids), size)]
+    assert widths("all") == takes
+    assert widths("last") == [0] * (len(takes) - 1) + [1]
+    assert widths("none") == [0] * len(takes)
+
+
 @given(cases(), st.booleans())
 def test_a_row_keeps_no_storage_but_its_own(case, closes):
     """A view would keep the longer row alive that it was cut from, after its chunk has closed."""
