@@ -203,6 +203,20 @@ def test_every_call_leaves_the_reference_s_state(home, case, data):
 
 @homes
 @fewer
+@given(case=cases())
+def test_open_chunk(home, case):
+    config, seed, ids = case
+    params = random_weights(config, seed)
+    engine = home.engine(config, params)
+    state = engine.close_chunk(engine(home.array([ids]), logits="none").state)
+    _, expected = stream.read(ids, stream.new_state(config), params, config)
+    expected = stream.open_chunk(stream.close_chunk(expected, params, config), params, config)
+    opened = engine_stream.open_chunk(state, engine.weights, config)
+    assert_same_stream(opened, 0, expected, config, "opened")
+
+
+@homes
+@fewer
 @given(case=cases(), data=st.data())
 def test_chunks_by_hand(home, case, data):
     config, seed, ids = case

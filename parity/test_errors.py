@@ -73,6 +73,7 @@ CALLS = [
     (lambda m, s: s.fork(0), "copies is 0"),
     (lambda m, s: s.select([]), "rows is"),
     (lambda m, s: s.select([1]), r"rows is \[1\]; expected integer indices in \[0, 1\)"),
+    (lambda m, s: s.select([0, -1]), r"rows is \[0, -1\]; expected integer indices in \[0, 1\)"),
     (lambda m, s: s.forget_temporary(), "a chunk is open"),
     (lambda m, s: s.select([True]), r"rows is \[True\]; expected integer indices"),
     (lambda m, s: s.forget_temporary([1]), r"rows is \[1\]; expected 1 times True or False"),

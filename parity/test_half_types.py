@@ -109,6 +109,16 @@ def test_rms_norm_takes_its_statistic_and_its_epsilon_in_float32(dtype, seed, sc
 
 @half
 @given(seed=seeds)
+def test_a_norm_is_rounded_before_its_weight(dtype, seed):
+    """As in the published code; once more after it, to the bit."""
+    rng = np.random.default_rng(seed)
+    x, weight = (rounded(rng.normal(0, 1, shape), dtype)[0] for shape in ((12, 32), 32))
+    alone = fast.rms_norm(x, torch.ones_like(weight), None)
+    assert torch.equal(fast.rms_norm(x, weight, None), alone * weight)
+
+
+@half
+@given(seed=seeds)
 def test_products_are_rounded_once_each(dtype, seed):
     rng = np.random.default_rng(seed)
     _, tensors, weights = layer(seed, dtype)

@@ -23,11 +23,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("states")
 
 
-@given(case=cases())
-def test_save_and_load_change_nothing(folder, case):
+@given(case=cases(), closes=st.booleans())
+def test_save_and_load_change_nothing(folder, case, closes):
+    """In the middle of a chunk, and between two, where there is no row to be saved."""
     config, seed, ids = case
     model = random_model(config, seed)
     state = model(tensor([ids]), logits="none").state
+    state = model.close_chunk(state) if closes else state
     path = folder / "state.safetensors"
     state.save(path)
     loaded = CoMeTState.load(path, model)
