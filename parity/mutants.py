@@ -42,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 
 NEAR = {
     "cells": "stream batches splitting",
-    "checkpoints": "checkpoints state errors published reliability",
+    "checkpoints": "checkpoints state errors published reliability engine",
     "chunking": "chunking stream splitting batches",
     "global_memory": "global_memory stream",
     "inputs": "errors model decoding",
@@ -56,7 +56,7 @@ NEAR = {
     "stream": "stream splitting batches gradients",
     "temporary_memory": "temporary_memory stream",
     "cupy_engine/cells": "engine",
-    "cupy_engine/engine": "engine errors",
+    "cupy_engine/engine": "engine errors recorder state",
     "cupy_engine/global_memory": "engine",
     "cupy_engine/layers": "engine",
     "cupy_engine/libraries": "errors imports engine",
