@@ -453,18 +453,19 @@ def _(real):
     return classmethod(load)
 
 
-@fault("a call that writes into the state it was given", CoMeTModel, "forward")
+@fault("reading that writes into the memories it was given", CoMeTModel, "forward")
 def _(real):
     def forward(self, ids, *, state=None, **options):
         out = real(self, ids, state=state, **options)
-        if state is not None and state.open_tokens.any():
-            state.tokens[:] = out.state.tokens
+        if state is not None:
+            for memory in (*state.global_state, *state.temporary_memory):
+                memory.detach().mul_(1.5)
         return out
 
     return forward
 
 
-@fault("an argument that is changed: row lengths of the state", CoMeTModel, "generate")
+@fault("decoding that writes into the row it was given", CoMeTModel, "generate")
 def _(real):
     def generate(self, ids, state=None, **options):
         out = real(self, ids, state=state, **options)

@@ -255,7 +255,7 @@ class World:
         forms = np.random.default_rng(call.forms)
         arguments, placed = self.text(call.rows, forms, on_engine, call.chunk_sizes is not None)
         if call.chunk_sizes is not None:
-            form = (list, tuple, np.array, iter)[forms.integers(4)]
+            form = (list, tuple, np.array)[forms.integers(3)]
             arguments["chunk_sizes"] = form(call.chunk_sizes)
         if forms.random() < 0.2:
             arguments["recorder"] = Recorder()

@@ -191,7 +191,9 @@ def test_a_negative_count_is_refused(name, row):
     """Of a sequence that has read nothing too, whose counts fit each other with many a mistake."""
     model = random_model(small(), 0)
     state = model.new_state(2)
-    getattr(state, name)[row] = -1
+    counts = getattr(state, name).copy()
+    counts[row] = -1
+    state = dataclasses.replace(state, **{name: counts})
     with pytest.raises(ValueError, match=rf"the state's {name} is .*; expected \[2\] >= 0"):
         model(torch.tensor([[1], [2]]), state=state)
 
