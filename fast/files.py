@@ -9,7 +9,6 @@ removes it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .arrays import Array, dtype_name, to_host
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows, which has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "atomic_save",
@@ -88,7 +92,9 @@ def digest(arrays: dict[str, Array], header: dict[str, Any] | None = None) -> st
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Remove what killed writers of a path have left."""
+    """Remove what killed writers of a path have left, where locks tell it."""
+    if fcntl is None:
+        return
     name = re.compile(re.escape(f".{path.name}.") + "[a-z0-9_]{8}" + re.escape(UNFINISHED))
     with suppress(OSError):
         for entry in [e for e in os.scandir(path.parent) if name.fullmatch(e.name)]:
@@ -104,7 +110,7 @@ def _beside(path: Path) -> Iterator[Any]:
         file = tempfile.NamedTemporaryFile(  # noqa: SIM115
             dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED, delete=False
         )
-        with suppress(OSError):  # without locks on this file system, nothing is ever removed
+        with suppress(OSError, AttributeError):  # without locks nothing is ever removed
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:  # else another save took it for left over
             break
@@ -142,8 +148,10 @@ def _replace(path: Path, write: Callable[[BinaryIO], object] | None) -> None:
                 return
             write(file)
             file.flush()
-            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
+            os.chmod(file.name, mode)
+            if fcntl is None:
+                file.close()  # Windows renames no open file
             os.replace(file.name, place)
     except OSError as error:
         raise told(error, path, "nothing was written") from error

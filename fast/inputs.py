@@ -271,6 +271,8 @@ def check_stop_ids(stop_ids: Collection[int]) -> frozenset[int]:
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError unless the arguments of `sampling.sample` are in range."""
+    if isinstance(temperature, np.floating):  # a narrow one cannot be compared with the largest
+        temperature = temperature.item()
     if not _is_number(temperature) or not 0.0 <= temperature <= sys.float_info.max:
         raise ValueError(
             f"temperature is {shown(temperature)}; expected a finite number, 0 for greedy."

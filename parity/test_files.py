@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fast import CoMeTModel, CoMeTState
+from fast import CoMeTModel, CoMeTState, files
 from fast.checkpoints import read_training, write_training
 from fast.cupy_engine import CoMeTEngine
 from fast.drawing import save_figure
@@ -206,6 +206,17 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
         assert sorted(tmp_path.iterdir()) == sorted([left[0], *others])
     atomic_write(tmp_path / "file", "whole")
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "file", *others])
+
+
+def test_without_locks_files_are_whole_and_nothing_is_removed(tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setattr(files, "fcntl", None)
+    left = tmp_path / ".page.md.abcdefgh.unfinished"
+    left.write_text("half a")
+    for text in ("first", "second"):
+        atomic_write(tmp_path / "page.md", text)
+    assert (tmp_path / "page.md").read_text() == "second"
+    assert {path.name for path in tmp_path.iterdir()} == {"page.md", left.name}
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):

@@ -88,7 +88,9 @@ class Streams(RuleBasedStateMachine):
     def save_and_load(self, streams, other, data):
         state, alone = streams
         path = Path(self.folder.name) / "state"
-        (state.to(self.world.engine) if data.draw(st.booleans()) else state).save(path)
+        writer = data.draw(st.sampled_from([self.world.model, self.world.engine]))
+        bound = data.draw(st.sampled_from([(), (writer,)]))  # to the weights, or not
+        state.to(writer).save(path, *bound)
         loaded = CoMeTState.load(path, self.world.model)
         assert_state_equal(loaded, state, "loaded")
         return loaded, alone
