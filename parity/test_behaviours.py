@@ -19,7 +19,7 @@ from .test_stateful import Changes, Walk
 pytestmark = pytest.mark.host
 
 SETTINGS = settings(
-    max_examples=200,
+    max_examples=400,  # most faults take a few; as many as this only one that goes unnoticed
     deadline=None,
     derandomize=True,
     database=None,

@@ -40,8 +40,10 @@ class Streams(RuleBasedStateMachine):
         self.world = World(config, seed, dtype)
         self.folder = tempfile.TemporaryDirectory()
         self.met = []
-        one, other = (self.go_on(self.begin(data), data) for _ in range(2))
-        return multiple(one, self.close(other, one, data))  # so that some join with open chunks
+        one, two, three = (self.go_on(self.begin(data), data) for _ in range(3))
+        return multiple(
+            one, two, self.close(three, one, data)
+        )  # open and closed ones, to be joined
 
     def begin(self, data):
         return self.world.begin(data.draw(st.integers(1, 3)))
