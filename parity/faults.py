@@ -409,5 +409,35 @@ FAULTS = {
         "take_slots(x, row.text * 0) for x in (normed",
         "test_recorder::test_what_is_recorded_is_what_the_reference_computes",
     ),
+    "a window cast by the weights of the one before": (
+        "model.py",
+        "torch.clear_autocast_cache()",
+        "pass",
+        "test_windows::test_under_autocast_every_window_casts_the_weights_as_they_are",
+    ),
+    "the graph of sequences that have ended kept from window to window": (
+        "model.py",
+        "cuts_all=True",
+        "cuts_all=False",
+        "test_windows::test_memory_is_that_of_a_window_however_long_the_text",
+    ),
+    "windows counted from the call": (
+        "chunking.py",
+        "(chunks + closed) % backprop_chunks",
+        "closed % backprop_chunks",
+        "test_gradients::test_gradients_through_calls",
+    ),
+    "rows of queries left in pairs": (
+        "pretrained/gguf.py",
+        "pairs.transpose(1, 2)",
+        "pairs",
+        "test_backbones::test_a_gguf_file_holds_the_same_backbone",
+    ),
+    "rope_theta looked for where transformers 4 had it": (
+        "pretrained/backbones.py",
+        'scaling.get("rope_theta", data.get("rope_theta", 10000.0))',
+        'data.get("rope_theta", 10000.0)',
+        "test_backbones::test_a_backbone_computes_what_it_does_in_transformers",
+    ),
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the test that notices)."""

@@ -1,0 +1,137 @@
+"""Backbones in llama.cpp's format GGUF, quantised or not, read with the package `gguf`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backbones import BLANKS, Backbone, backbone_config, check_tensors
+
+__all__ = ["gguf_name", "read_gguf"]
+
+TOP = {
+    "embed_tokens": "token_embd.weight",
+    "norm": "output_norm.weight",
+    "lm_head": "output.weight",
+}
+"""Our name of a weight outside the layers -> GGUF's."""
+
+LAYER = {
+    "q_proj": "attn_q.weight",
+    "k_proj": "attn_k.weight",
+    "v_proj": "attn_v.weight",
+    "o_proj": "attn_output.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "gate_proj": "ffn_gate.weight",
+    "up_proj": "ffn_up.weight",
+    "down_proj": "ffn_down.weight",
+    "input_layernorm": "attn_norm.weight",
+    "post_attention_layernorm": "ffn_norm.weight",
+}
+"""Our name of a layer's weight -> GGUF's."""
+
+FIELDS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
+}
+"""Hugging Face's field -> GGUF's, after the architecture's name."""
+
+
+LONG = ("tokenizer.ggml.merges", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+"""Fields as long as a vocabulary that are not looked at."""
+
+
+def _plain(value: Any) -> Any:
+    """A field's value; numbers are stored as float32, whose shortest form is what was meant."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of one of our weights: "layers.0.q_proj" -> "blk.0.attn_q.weight"."""
+    if name in TOP:
+        return TOP[name]
+    _, layer, rest = name.split(".", 2)
+    return f"blk.{layer}.{LAYER[rest]}"
+
+
+def read_gguf(path: Path) -> Backbone:
+    """A backbone from a GGUF file.
+
+    Quantised weights become float32 as they are asked for.
+
+    Raises:
+        ImportError: the package `gguf` is not installed.
+        ValueError: the file is cut short or foreign, or holds what has no place here.
+    """
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{path} is a GGUF file, and the package gguf is not installed; run pip install "
+            '"comet-memory[pretrained]", or give a folder of safetensors.'
+        ) from error
+    try:
+        reader = GGUFReader(path)
+        fields = {
+            name: _plain(field.contents())
+            for name, field in reader.fields.items()
+            if name not in LONG
+        }
+    except Exception as error:  # a damaged file raises anything
+        raise ValueError(f"{path} is not a readable GGUF file ({error!r}); is it whole?") from error
+    family = fields.get("general.architecture")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in stored.items()}
+    data: dict[str, Any] = {
+        name: fields[f"{family}.{theirs}"]
+        for name, theirs in FIELDS.items()
+        if f"{family}.{theirs}" in fields
+    }
+    scaling = fields.get(f"{family}.rope.scaling.type", "none")
+    data |= {
+        "model_type": family,
+        "vocab_size": found.get(TOP["embed_tokens"], (0,))[0],
+        "tie_word_embeddings": TOP["lm_head"] not in found,
+        "use_sliding_window": data.pop("sliding_window", None) is not None,
+    }
+    if scaling != "none":
+        factor = fields.get(f"{family}.rope.scaling.factor")
+        data["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+    config = backbone_config(data, path)
+    turned = fields.get(f"{family}.rope.dimension_count", config.head_dim)
+    if turned != config.head_dim:
+        raise ValueError(
+            f"{path} turns {turned} of the {config.head_dim} channels of a head; only whole heads "
+            "are known here."
+        )
+    check_tensors(found, config, gguf_name, path)
+
+    def take(name: str) -> Tensor:
+        tensor = stored.pop(gguf_name(name))
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        weight = weight.reshape(found[tensor.name])
+        if family == "llama" and name.endswith(("q_proj", "k_proj")):
+            # Its rows were put in pairs (j, j + e/2) side by side.
+            pairs = weight.view(-1, config.head_dim // 2, 2, config.hidden_size)
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        return weight
+
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    blank = next((tokens.index(b) for b in BLANKS if b in tokens), None)
+    return Backbone(config, take, blank)
