@@ -80,10 +80,10 @@ largest recorded magnitude of the tensor)."""
 
 ON_GPU = {"float64": 4.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 """What PyTorch, CuPy or a kernel computed on a GPU may err by so many times the limits above, by
-its dtype. These are reckoned; an H200 needed less than half of them. NVIDIA allows exp, sin and cos two units in
-the last place where libm errs by less than one, and a sum may be one chain of additions where a CPU
-keeps several: 2 x 2, with products in float32 itself (no TF32). Half types compute in float32
-inside, far below their own epsilons, but may round once more, as a bias is added: 2."""
+its dtype. These are reckoned; an H200 needed less than half of them. NVIDIA allows exp, sin and cos
+two units in the last place where libm errs by less than one, and a sum may be one chain of additions
+where a CPU keeps several: 2 x 2, with products in float32 itself (no TF32). Half types compute in
+float32 inside, far below their own epsilons, but may round once more, as a bias is added: 2."""
 
 
 @dataclass
