@@ -619,6 +619,7 @@ class CoMeTModel(nn.Module):
         from .pretrained.backbones import plug_in, read_backbone
 
         check_kind("memory", memory, MemoryConfig, "a MemoryConfig")
+        check_count("seed", seed, 0)
         if dtype is not None:
             check_kind("dtype", dtype, torch.dtype, "a dtype of PyTorch's, e.g. torch.float32")
         config, weights = plug_in(read_backbone(source), memory, dtype, seed)

@@ -89,8 +89,8 @@ def _plain(value: Any) -> Any:
 class CoMeTState:
     """Where a batch of streams stands. Nothing else remembers anything, and no call changes one.
 
-    Counts are NumPy [b] int64 on the host, read-only, so that planning a call needs no device. Tensors are
-    one a layer.
+    Counts are NumPy [b] int64 on the host, read-only, so that planning a call needs no device.
+    Tensors are one a layer.
     """
 
     model: str
@@ -195,7 +195,8 @@ class CoMeTState:
             or index.max() >= self.batch_size
         ):
             raise ValueError(
-                f"rows is {shown(rows)}; expected integer indices in [0, {self.batch_size}), at least one."
+                f"rows is {shown(rows)}; expected integer indices in [0, {self.batch_size}), at "
+                "least one."
             )
         return self._take(index)
 

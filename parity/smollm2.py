@@ -73,12 +73,19 @@ def test_greedy_text_is_the_same(ours, theirs, ids):
     assert found == expected[:, prompt.shape[1] :].tolist()
 
 
+def is_new(name):
+    """Whether a weight is the memories' own."""
+    return "memory" in name or "compression_embedding" in name or "readout" in name
+
+
 def test_with_memories_it_reads_on(file, ids):
     """Texts of many chunks, in memory that stays what it is once the queue is full."""
     memory = MemoryConfig(
         chunk_size=32, global_memory_size=4, temporary_memory_size=16, compression_stride=8
     )
     model = CoMeTModel.from_backbone(file, memory)
+    new = sum(p.numel() for name, p in model.named_parameters() if is_new(name))
+    assert 0 < new < 0.01 * sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         first = model(ids[:, :160], logits="none").state
         second = model(ids[:, :128], state=first, logits="last")

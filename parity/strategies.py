@@ -20,27 +20,23 @@ from .device import tensors
 
 VOCAB = 11
 
+ROPE_SCALINGS = (
+    {"rope_type": "linear", "factor": 2.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+)
+
 
 @st.composite
 def backbones(draw: st.DrawFn) -> BackboneConfig:
     """Llama-, Qwen2- and Qwen3-like: one layer to three, one head, grouped heads."""
     keys = draw(st.sampled_from([1, 2]))
-    scaling = draw(
-        st.sampled_from(
-            [
-                None,
-                None,
-                {"rope_type": "linear", "factor": 2.0},
-                {
-                    "rope_type": "llama3",
-                    "factor": 8.0,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 32,
-                },
-            ]
-        )
-    )
+    scaling = draw(st.sampled_from([None, None, *ROPE_SCALINGS]))
     return BackboneConfig(
         vocab_size=VOCAB,
         hidden_size=draw(st.sampled_from([4, 6])),

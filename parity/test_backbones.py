@@ -12,11 +12,11 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast import CoMeTModel, MemoryConfig
+from fast import BackboneConfig, CoMeTModel, MemoryConfig
 from fast.pretrained.backbones import FAMILIES, backbone_config
 
 from .assertions import assert_near
-from .strategies import seeds
+from .strategies import ROPE_SCALINGS, seeds
 
 pytestmark = pytest.mark.host
 
@@ -29,18 +29,6 @@ CONFIGS = {
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
 }
-
-ROTATIONS = [
-    {"rope_type": "default"},
-    {"rope_type": "linear", "factor": 2.0},
-    {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-]
 
 
 @contextmanager
@@ -72,7 +60,10 @@ def configs(draw):
         num_key_value_heads=keys,
         max_position_embeddings=64,
         rms_norm_eps=draw(st.sampled_from([1e-6, 1e-2])),
-        rope_parameters={"rope_theta": 500.0, **draw(st.sampled_from(ROTATIONS))},
+        rope_parameters={
+            "rope_theta": 500.0,
+            **draw(st.sampled_from([{"rope_type": "default"}, *ROPE_SCALINGS])),
+        },
         tie_word_embeddings=draw(st.booleans()),
         **({"sliding_window": None} if family == "mistral" else {}),
         **free,
@@ -113,8 +104,8 @@ def test_a_backbone_computes_what_it_does_in_transformers(folder, config, seed, 
         assert_near(model(ids).logits, found.logits, "logits", 1e-9)
 
 
-def write_gguf(path, model, quantised=False):
-    """A model of transformers as llama.cpp's converter writes it."""
+def write_gguf(path, model, quantised=False, more=None):
+    """A model of transformers as llama.cpp's converter writes it, and more tensors."""
     config = model.config
     family = config.model_type
     writer = gguf.GGUFWriter(path, family)
@@ -152,6 +143,8 @@ def write_gguf(path, model, quantised=False):
         stored = gguf.quants.quantize(np.ascontiguousarray(x), kind)
         place = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(place, stored, raw_dtype=kind)
+    for name, x in (more or {}).items():
+        writer.add_tensor(name, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -229,7 +222,11 @@ def saved(tmp_path):
         ({"mlp_bias": True}, "mlp_bias True, which changes"),
         ({"use_sliding_window": True}, "use_sliding_window True, which changes"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096, which changes"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types .*'sliding_att"),
+        ({"model_type": "mistral"}, "sliding_window 4096, which changes"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types 'sliding_attention'",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'; known are"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type \\['yarn'\\]; known are"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "turns 0.5 of each head; only whole"),
@@ -240,13 +237,75 @@ def saved(tmp_path):
         ({"num_hidden_layers": 10**9}, "says 1000000000 layers, but there are 21 tensors"),
         ({"num_hidden_layers": 1}, "lack \\[\\] and hold unknown .*layers.1"),
         ({"intermediate_size": 95}, "shape \\(96, 64\\), .* says \\(95, 64\\)"),
-        ({"num_attention_heads": "four"}, "num_attention_heads is 'four'; expected an integer"),
+        (
+            {"num_attention_heads": "four"},
+            "num_attention_heads is 'four'; expected an integer of at least 1",
+        ),
         ({"vocab_size": 33}, "shape \\(32, 64\\), .* says \\(33, 64\\)"),
     ],
 )
 def test_what_ours_would_compute_otherwise_is_refused_by_name(saved, fields, message):
     with pytest.raises(ValueError, match=message):
         CoMeTModel.from_backbone(saved(**fields), PLAIN)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 70),
+    st.sampled_from([10**30, 1e400, "silu", "", [], ["full_attention", {}], {}, {"rope_type": 1}]),
+    st.floats(allow_nan=True),
+)
+
+
+@given(data=st.data(), value=VALUES)
+def test_a_config_with_any_field_replaced_is_read_or_refused_in_a_sentence(data, value):
+    family = data.draw(st.sampled_from(sorted(FAMILIES)))
+    config = CONFIGS[family](
+        hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1
+    ).to_dict()
+    config |= {"sliding_window": None} if family == "mistral" else {}
+    assert backbone_config(config, "config.json").hidden_size == 8
+    read = ("model_type", "num_attention_heads", "head_dim", "layer_types", "rope_parameters")
+    name = data.draw(st.sampled_from([*read, *sorted(config)]))
+    config[name] = value
+    if data.draw(st.booleans()):
+        config.pop(data.draw(st.sampled_from(sorted(config))))
+    told = None
+    try:
+        found = backbone_config(config, "config.json")
+    except ValueError as error:
+        told = str(error)
+    if told is None:
+        assert isinstance(found, BackboneConfig)
+    else:
+        assert "config.json" in told
+        assert len(told) < 400
+
+
+@pytest.mark.parametrize("place", [32, -1, "first", True, None])
+def test_a_tokenizer_of_another_model_is_refused(saved, place):
+    folder = saved()
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"Ġ": place}}}))
+    if place is None:
+        CoMeTModel.from_backbone(folder, PLAIN)  # no such token
+        return
+    with pytest.raises(ValueError, match="the tokenizer has a space at .*, the embedding table 32"):
+        CoMeTModel.from_backbone(folder, PLAIN)
+
+
+@pytest.mark.parametrize("text", ['{"model": 3}', '{"model": {"vocab": [["a", 0.0]]}}', "{}"])
+def test_a_tokenizer_without_a_vocabulary_by_name_is_left_alone(saved, text):
+    folder = saved()
+    (folder / "tokenizer.json").write_text(text)
+    CoMeTModel.from_backbone(folder, PLAIN)
+
+
+def test_llama_3_s_rotation_in_a_gguf_file_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, small("llama"), more={"rope_freqs.weight": np.ones(8, np.float32)})
+    with pytest.raises(ValueError, match="holds rope_freqs.weight, Llama 3's rotation, which is n"):
+        CoMeTModel.from_backbone(path, PLAIN)
 
 
 def test_configs_of_transformers_4_are_read_too():

@@ -19,7 +19,9 @@ from torch import Tensor
 from reference.config import ROPE_TYPES, BackboneConfig, CoMeTConfig, MemoryConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
-from ..checkpoints import CONFIG, read_json, read_tensors
+from ..arrays import shown
+from ..checkpoints import CONFIG, of_file, read_json, read_tensors
+from ..inputs import check_count
 from .published import LAYER_NAMES, TOP_NAMES
 
 __all__ = [
@@ -60,6 +62,7 @@ class Backbone:
     """A pretrained model, before it has memories."""
 
     config: BackboneConfig
+    """What it computes."""
 
     tensors: Callable[[str], Tensor]
     """A weight by our dotted name, on the CPU; each is asked for once, so that none is kept twice."""
@@ -91,51 +94,58 @@ def backbone_config(data: dict[str, Any], where: Any) -> BackboneConfig:
     family = data.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
-            f"{where} is of the type {family!r}; known are {', '.join(sorted(FAMILIES))}. Another "
+            f"{where} is of the type {shown(family)}; known are {', '.join(sorted(FAMILIES))}. Another "
             "type needs its own line in fast.pretrained.backbones.FAMILIES, and a proof."
         )
     missing = [name for name in NEEDED if name not in data]
     if missing:
         raise ValueError(f"{where} lacks {missing}; is the file whole?")
+    sizes = {name: data[name] for name in NEEDED}
+    with of_file(where):
+        for name, size in sizes.items():
+            check_count(name, size, 1)
     _refuse_other_equations(data, where)
-    heads = data["num_attention_heads"]
     theta, scaling = _rotation(data, where)
-    keys = data.get("num_key_value_heads")
-    return BackboneConfig(
-        vocab_size=data["vocab_size"],
-        hidden_size=data["hidden_size"],
-        intermediate_size=data["intermediate_size"],
-        num_hidden_layers=data["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads if keys is None else keys,
-        head_dim=data.get("head_dim") or data["hidden_size"] // heads,
-        rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=data.get("tie_word_embeddings", False),
-        **FAMILIES[family],
+    heads, keys, width = (
+        sizes["num_attention_heads"],
+        data.get("num_key_value_heads"),
+        data.get("head_dim"),
     )
+    with of_file(where):
+        return BackboneConfig(
+            **sizes,
+            num_key_value_heads=heads if keys is None else keys,
+            head_dim=data["hidden_size"] // heads if width is None else width,
+            rms_norm_eps=data.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_word_embeddings=data.get("tie_word_embeddings", False),
+            **FAMILIES[family],
+        )
 
 
 def _refuse_other_equations(data: dict[str, Any], where: Any) -> None:
     """Raise ValueError for what changes the equations and has no place in a BackboneConfig."""
     family = data["model_type"]
-    layers = data.get("layer_types") or []
-    window = data.get("sliding_window") if family == "mistral" else None
+    layers, full = data.get("layer_types"), "full_attention"
+    if isinstance(layers, list):
+        layers = next((kind for kind in layers if kind != full), None)
+    # Mistral's has one unless its config says null.
+    window = data.get("sliding_window", 4096) if family == "mistral" else None
     found = {
         "hidden_act": (data.get("hidden_act", "silu"), "silu"),
         "mlp_bias": (data.get("mlp_bias", False), False),
         "use_sliding_window": (data.get("use_sliding_window", False), False),
         "sliding_window": (window, None),
-        "layer_types": (sorted(set(layers)), ["full_attention"] if layers else []),
+        "layer_types": (full if layers is None else layers, full),
     }
     if family != "qwen2":  # whose q, k and v have one always, and o never
         found["attention_bias"] = (bool(data.get("attention_bias", False)), False)
     for name, (value, known) in found.items():
         if value != known:
             raise ValueError(
-                f"{where} has {name} {value!r}, which changes the equations; only {known!r} is "
-                "known here."
+                f"{where} has {name} {shown(value)}, which changes the equations; only {known!r} "
+                "is known here."
             )
 
 
@@ -143,14 +153,16 @@ def _rotation(data: dict[str, Any], where: Any) -> tuple[float, dict[str, Any] |
     """rope_theta and rope_scaling: apart in transformers 4, in one dict in 5."""
     scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
-        raise ValueError(f"{where} has rope_scaling {scaling!r}; expected an object, or null.")
+        raise ValueError(f"{where} has rope_scaling {shown(scaling)}; expected an object, or null.")
     theta = scaling.get("rope_theta", data.get("rope_theta", 10000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     share = scaling.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise ValueError(f"{where} has rope_type {kind!r}; known are {sorted(ROPE_TYPES)}.")
+        raise ValueError(f"{where} has rope_type {shown(kind)}; known are {sorted(ROPE_TYPES)}.")
     if share != 1.0:
-        raise ValueError(f"{where} turns {share} of each head; only whole heads are known here.")
+        raise ValueError(
+            f"{where} turns {shown(share)} of each head; only whole heads are known here."
+        )
     if kind == "default":
         return theta, None
     return theta, {"rope_type": kind} | {name: scaling.get(name) for name in ROPE_TYPES[kind]}
@@ -189,8 +201,9 @@ def _read_folder(folder: Path) -> Backbone:
     data = read_json(folder / CONFIG)
     blank = None
     if (folder / "tokenizer.json").exists():
-        vocabulary = read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, dict):
+        model = read_json(folder / "tokenizer.json").get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):  # a list, as some are, has its ids in another form
             blank = next((vocabulary[b] for b in BLANKS if b in vocabulary), None)
     return _backbone(data, read_tensors(folder), folder / CONFIG, blank)
 
@@ -272,10 +285,20 @@ def plug_in(
 
     Returns:
         The config; a nested dict of tensors on the CPU. A backbone can be plugged in once.
+
+    Raises:
+        ValueError: the tokenizer's space is no row of the embedding table.
     """
     config, rng = CoMeTConfig(backbone.config, memory), np.random.default_rng(seed)
     table = backbone.tensors("embed_tokens")
     dtype = dtype or table.dtype
+    blank = backbone.blank
+    if blank is not None and (type(blank) is not int or blank not in range(len(table))):
+        raise ValueError(
+            f"the tokenizer has a space at {shown(blank)}, the embedding table "
+            f"{len(table)} rows; it is of another model, so put the right one in its place or take "
+            "it away."
+        )
     given = backbone_shapes(backbone.config)
 
     def start(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -284,8 +307,8 @@ def plug_in(
         if name in given:
             return backbone.tensors(name).to(dtype)
         leaf = name.rpartition(".")[2]
-        if name == "compression_embedding" and backbone.blank is not None:
-            return table[backbone.blank].to(dtype).clone()
+        if name == "compression_embedding" and blank is not None:
+            return table[blank].to(dtype).clone()
         if leaf == "adapter_up" or leaf.endswith("bias"):
             return torch.zeros(shape, dtype=dtype)
         if leaf == "norm":

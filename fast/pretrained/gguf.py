@@ -98,6 +98,11 @@ def read_gguf(path: Path) -> Backbone:
     family = fields.get("general.architecture")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in stored.items()}
+    if "rope_freqs.weight" in found:
+        raise ValueError(
+            f"{path} holds rope_freqs.weight, Llama 3's rotation, which is not read from this "
+            "format; take that model's folder of safetensors."
+        )
     data: dict[str, Any] = {
         name: fields[f"{family}.{theirs}"]
         for name, theirs in FIELDS.items()
