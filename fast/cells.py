@@ -7,16 +7,16 @@ be compiled whole. `params`, `config` and the letters of shapes are as in `strea
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
 from .global_memory import update_global
-from .layers import Weights, causal_mask, decoder_layer, take_slots
+from .layers import Weights, causal_mask, decoder_layer, look_up, take_slots, tensor_of
 from .rows import Row
 from .temporary_memory import update_temporary
 
@@ -39,14 +39,13 @@ def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) ->
     Returns:
         [b, n, d].
     """
-    table = params["embed_tokens"]
-    parts = [F.embedding(text, table)]
+    parts = [look_up(text, params["embed_tokens"])]
     if config.memory.has_temporary:
-        parts.append(params["compression_embedding"].expand(len(text), 1, -1))
+        parts.append(tensor_of(params["compression_embedding"]).expand(len(text), 1, -1))
     else:  # no slot points at it
-        parts.append(table.new_zeros(len(text), 1, table.shape[1]))
+        parts.append(parts[0].new_zeros(len(text), 1, parts[0].shape[-1]))
     if config.memory.has_global:
-        parts.append(params["readout_embeddings"].expand(len(text), -1, -1))
+        parts.append(tensor_of(params["readout_embeddings"]).expand(len(text), -1, -1))
     return take_slots(torch.cat(parts, dim=1), source)
 
 
@@ -59,9 +58,10 @@ def run_layer(
     values: Tensor,
     global_state: Tensor | None,
     queue: Tensor | None,
-    weights: Weights,
     config: CoMeTConfig,
     queried: Tensor | None = None,
+    *,
+    weights: Weights,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """One cell: a round's new slots through one layer, and that layer's memories updated.
 
@@ -72,8 +72,8 @@ def run_layer(
         mask: their `causal_mask`.
         keys, values: [b, k, p, e], the rows so far.
         global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
-        weights: the layer's.
         queried: `row.queried` at the top layer, else None.
+        weights: the layer's.
 
     Returns:
         hidden [b, n or a, d], keys and values [b, k, p + n, e], global state and queue.
@@ -140,7 +140,8 @@ def run_layers(
     cells = []
     for i, weights in enumerate(params["layers"]):
         before = hidden
-        hidden, *cell = run_layer(
+        cell = weights if isinstance(weights, nn.Module) else partial(run_layer, weights=weights)
+        hidden, *found = cell(
             before,
             row,
             rotation,
@@ -149,14 +150,13 @@ def run_layers(
             values[i],
             global_state[i] if global_state else None,
             queue[i] if queue else None,
-            weights,
             config,
             row.queried if i == top else None,
         )
         if recorder is not None:
-            both = global_state[i] if global_state else None, cell[2]
-            recorder.layer(before, hidden, cell[0], both, row, rotation, weights)
-        cells.append(cell)
+            both = global_state[i] if global_state else None, found[2]
+            recorder.layer(before, hidden, found[0], both, row, rotation, weights)
+        cells.append(found)
     if row.queried is None:
         hidden = take_slots(hidden, row.text)
     else:  # text comes first there

@@ -208,13 +208,8 @@ def named_tensors(config: CoMeTConfig, weights: Any) -> dict[str, Array]:
 
 def _leaves(config: CoMeTConfig, weights: Any) -> dict[str, Array]:
     """Every weight of a model by its dotted name, where it is."""
-    leaves = {}
-    for name in named_parameters(shapes(config)):
-        found: Any = weights
-        for part in name.split("."):
-            found = found[int(part) if part.isdigit() else part]
-        leaves[name] = found
-    return leaves
+    leaves = named_parameters(weights.to_dict() if hasattr(weights, "to_dict") else weights)
+    return {name: leaves[name] for name in named_parameters(shapes(config))}
 
 
 def weights_digest(config: CoMeTConfig, weights: Any) -> str:
@@ -411,10 +406,7 @@ def read_training(path: Path) -> Any:
     """
     import torch
 
-    check_regular(path)
-    with path.open("rb") as file:
-        is_first = file.read(2) == b"PK"  # of version 0.1.0, which wrote no digest
-    data = path.read_bytes() if is_first else read_file(path, "np")[1].get("data", np.zeros(0))
+    data = read_file(path, "np")[1].get("data", np.zeros(0))
     try:
         return torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:  # what is damaged raises anything

@@ -9,11 +9,12 @@ float32 or wider and cast back, whatever the model's dtype.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from reference.config import BackboneConfig
 
@@ -24,6 +25,7 @@ __all__ = [
     "causal_mask",
     "decoder_layer",
     "linear",
+    "look_up",
     "merge_heads",
     "project_keys_values",
     "project_memory",
@@ -37,11 +39,12 @@ __all__ = [
     "split_heads",
     "swiglu",
     "take_slots",
+    "tensor_of",
     "widen",
 ]
 
 Weights = Any
-"""Tensors by name, nested: a dict, or the `ParameterTree` of a model."""
+"""Tensors by name, nested: a dict, or the `ParameterTree` of a model, which holds modules."""
 
 
 def widen(x: Tensor) -> Tensor:
@@ -54,18 +57,54 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None = None) -> Tensor:
     """The linear map W x + b over the last axis. Twin of `reference.layers.linear`.
 
     Args:
         x: [..., i] any float dtype.
-        weight: [o, i] of the same dtype.
-        bias: [o] or None.
+        weight: [o, i] of the same dtype, or a module that computes the map, its bias included.
+        bias: [o] or None; that of a tensor.
 
     Returns:
         [..., o].
     """
+    if isinstance(weight, nn.Module):
+        if not _is_bare(weight):
+            return weight(x)
+        weight, bias = weight._parameters["weight"], weight._parameters["bias"]
     return F.linear(x, weight, bias)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether to call a module is to multiply by its weight and no more: without hooks, or anything
+    in its place. The call alone takes as long as a small product, so it is left out then.
+    """
+    return type(module) is nn.Linear and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def look_up(ids: Tensor, table: Tensor | nn.Module) -> Tensor:
+    """Rows of an embedding table.
+
+    Args:
+        ids: [...] int64.
+        table: [vocab, d], or a module that looks up in it.
+
+    Returns:
+        [..., d].
+    """
+    return table(ids) if isinstance(table, nn.Module) else F.embedding(ids, table)
+
+
+def tensor_of(weight: Tensor | nn.Module) -> Tensor:
+    """The tensor that a module around a weight holds, where it is not to be called."""
+    return cast(Tensor, weight.weight) if isinstance(weight, nn.Module) else weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:

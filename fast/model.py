@@ -33,7 +33,7 @@ from .inputs import (
     check_stop_ids,
     check_watchers,
 )
-from .layers import Weights, linear, rms_norm, take_slots, widen
+from .layers import Weights, linear, rms_norm, take_slots, tensor_of, widen
 from .parameters import ParameterTree, initialize
 from .recorder import Recorder
 from .sampling import sample
@@ -67,8 +67,8 @@ def predict(hidden: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
         [..., vocab].
     """
     tied = config.backbone.tie_word_embeddings
-    table = params["embed_tokens"] if tied else params["lm_head"]
-    return linear(rms_norm(hidden, params["norm"], config.backbone.rms_norm_eps), table)
+    head = tensor_of(params["embed_tokens"]) if tied else params["lm_head"]
+    return linear(rms_norm(hidden, params["norm"], config.backbone.rms_norm_eps), head)
 
 
 def shift_labels(labels: Tensor, lengths: np.ndarray) -> Tensor:

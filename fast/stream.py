@@ -87,10 +87,10 @@ def new_state(
 @untraced()
 def _rotation(positions: np.ndarray, params: Weights, config: CoMeTConfig) -> Rotation:
     """Rotary table of positions [r, n], on the weights' device, in float32 or wider."""
-    table = params["embed_tokens"]
-    dtype = torch.promote_types(table.dtype, torch.float32)
+    like = params["norm"]
+    dtype = torch.promote_types(like.dtype, torch.float32)
     cos, sin = rotary_table(torch.from_numpy(positions), config.backbone)
-    return cos.to(table.device, dtype), sin.to(table.device, dtype)
+    return cos.to(like.device, dtype), sin.to(like.device, dtype)
 
 
 def _where_rows(flags: np.ndarray, yes: Tensor, no: Tensor) -> Tensor:

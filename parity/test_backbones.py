@@ -375,12 +375,12 @@ def test_new_memories_disturb_a_backbone_little(tmp_path):
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), f"{name}: the same seed gives other weights"
     weights = one.weights
-    assert torch.equal(weights["compression_embedding"], weights["embed_tokens"][1])
+    assert torch.equal(weights["compression_embedding"].weight, weights["embed_tokens"].weight[1])
     assert len(weights["readout_embeddings"].unique(dim=0)) == 3
     for layer in weights["layers"]:
         for net in ("global_memory", "temporary_memory"):
-            assert not layer[net]["adapter_up"].any()
-            assert layer[net]["adapter_down"].any()
+            assert not layer[net]["adapter_up"].weight.any()
+            assert layer[net]["adapter_down"].weight.any()
             assert (layer[net]["norm"] == 1).all()
         assert not layer["global_memory"]["gate_bias"].any()
     ids = torch.arange(30)[None] % 32
@@ -391,7 +391,7 @@ def test_new_memories_disturb_a_backbone_little(tmp_path):
     one(ids, labels=ids).loss.backward()
     assert all(
         p.grad is not None and p.grad.any()
-        for p in (weights["readout_embeddings"], weights["layers"][0]["q_proj"])
+        for p in (weights["readout_embeddings"].weight, weights["layers"][0]["q_proj"].weight)
     )
 
 

@@ -33,7 +33,7 @@ def test_gradients_reach_back_and_never_forward(case, data):
     model = random_model(config, seed)
     out = model(tensor(np.arange(len(ids)))[None])
     out.logits[0, i].sum().backward()
-    grad = model.weights["embed_tokens"].grad
+    grad = model.weights["embed_tokens"].weight.grad
     assert (grad[i + 1 :] == 0).all()
     assert grad[i].abs().sum() > 0
 
@@ -53,5 +53,5 @@ def test_memory_carries_what_the_chunk_border_cuts(case):
     model = random_model(dataclasses.replace(config, backbone=backbone, memory=memory), seed)
     out = model(tensor(np.arange(n))[None])
     out.logits[0, -1].sum().backward()
-    reached = model.weights["embed_tokens"].grad[0].abs().sum() > 0
+    reached = model.weights["embed_tokens"].weight.grad[0].abs().sum() > 0
     assert bool(reached) == carries

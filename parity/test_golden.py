@@ -192,7 +192,8 @@ def test_loss_and_every_gradient(golden, case, layout):
     assert_near(out.loss, data["train/loss_f64"], f"{case}, fast loss", FAST_GOLDEN)
     out.loss.backward()
 
-    grads = {n.removeprefix("weights."): array(p.grad) for n, p in model.named_parameters()}
+    weights = named_parameters(model.weights.to_dict())
+    grads = {name: array(p.grad) for name, p in weights.items()}
     table = grads.pop("embed_tokens").copy()
     # There the special tokens are rows of the table.
     if "compression_embedding" in grads:

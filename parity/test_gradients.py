@@ -31,8 +31,8 @@ def directional(params, direction, ids, config, **options):
 def gradients(model, ids, **options):
     model(tensor([ids]), labels=tensor([ids]), logits="none", **options).loss.backward()
     return {
-        name.removeprefix("weights."): torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in model.named_parameters()
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in named_parameters(model.weights.to_dict()).items()
     }
 
 
@@ -105,13 +105,13 @@ def test_gradients_through_calls(case):
             total = total + out.loss
     if not isinstance(total, torch.Tensor):  # nothing was asked for
         return
-    names = [name.removeprefix("weights.") for name, _ in model.named_parameters()]
-    found = torch.autograd.grad(total, list(model.parameters()), materialize_grads=True)
+    weights = named_parameters(model.weights.to_dict())
+    found = torch.autograd.grad(total, list(weights.values()), materialize_grads=True)
     params = arrays_of(model)
     direction = {name: rng.normal(size=p.shape) for name, p in named_parameters(params).items()}
     moved = map_parameters(lambda name, p: p + 1j * STEP * direction[name], params)
     expected = objective(config, moved, sequence, coefficients).imag / STEP
-    assert_derivative(dict(zip(names, found, strict=True)), direction, expected, "all parameters")
+    assert_derivative(dict(zip(weights, found, strict=True)), direction, expected, "all parameters")
 
 
 @settings(max_examples=settings.default.max_examples // 5)
@@ -148,7 +148,7 @@ def test_truncating_backpropagation_really_cuts_it(case):
         cut = model(text, backprop_chunks=chunks).logits
         assert torch.equal(cut, whole)
         cut[0, -1].sum().backward()
-        grad = model.weights["embed_tokens"].grad
+        grad = model.weights["embed_tokens"].weight.grad
         assert (grad[: 2 * size] == 0).all()  # two chunks have closed
         assert grad[n - 1].abs().sum() > 0
 
@@ -169,7 +169,7 @@ def test_truncation_counts_chunks(make_config, chunks):
     config = make_config({"vocab_size": 28, "tie_word_embeddings": False})
     model = random_model(config, 0)
     model(tensor(np.arange(28))[None], backprop_chunks=chunks).logits[0, -1].sum().backward()
-    grad = model.weights["embed_tokens"].grad.abs().sum(-1)
+    grad = model.weights["embed_tokens"].weight.grad.abs().sum(-1)
     border = (6 // chunks) * chunks * 4  # six chunks of four closed after 28 tokens
     assert (grad[:border] == 0).all()
     assert (grad[border:24] > 0).any() or border == 24

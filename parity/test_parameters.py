@@ -33,10 +33,10 @@ def test_both_start_from_the_same_weights(config, seed):
 def test_a_module_has_exactly_the_named_shapes(config, seed):
     model = CoMeTModel(config, seed=seed)
     shapes = spec.named_parameters(spec.shapes(config))
-    found = {n.removeprefix("weights."): tuple(p.shape) for n, p in model.named_parameters()}
-    assert found == shapes
-    arrays = spec.named_parameters(to_arrays(model.weights))
-    assert list(arrays) == list(shapes)
+    weights = spec.named_parameters(model.weights.to_dict())
+    assert {name: tuple(p.shape) for name, p in weights.items()} == shapes
+    assert list(weights) == list(shapes)
+    assert {id(p) for p in weights.values()} == {id(p) for p in model.parameters()}
 
 
 @given(configs(), seeds)

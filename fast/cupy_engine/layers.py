@@ -102,6 +102,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     Returns:
         [..., o].
     """
+    if callable(weight):  # a module of PyTorch's: a recorder watches its model
+        return weight(x)
     xp = array_namespace(x)
     # One product of matrices, not a small one for each sequence.
     rows = xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))

@@ -109,6 +109,10 @@ class Trainer:
                     f"{self.checkpoint} is of a run of another {name}; give an empty folder, or "
                     "the seed and recipe that it was started with."
                 )
+        if set(saved["model"]) != set(self.model.state_dict()):
+            raise ValueError(
+                f"{self.checkpoint} is of another version's run; give an empty folder."
+            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.texts, self.accuracy = saved["step"], saved["texts"], saved["accuracy"]
