@@ -71,7 +71,8 @@ def linear(x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None = None) ->
     if isinstance(weight, nn.Module):
         if not _is_bare(weight):
             return weight(x)
-        weight, bias = weight._parameters["weight"], weight._parameters["bias"]
+        own: dict[str, Any] = weight._parameters
+        return F.linear(x, own["weight"], own["bias"])
     return F.linear(x, weight, bias)
 
 

@@ -16,6 +16,7 @@ from fast.tasks import passkey
 from fast.tasks.passkey_recipe import LATE_WINDOWS, LONG, STAGES, Phase, Recipe, small_config
 from fast.tasks.passkey_report import Part, Setting, join_parts, lower_bound, measure
 from fast.tasks.passkey_training import Trainer
+from reference.parameters import named_parameters
 
 pytestmark = pytest.mark.host
 
@@ -153,6 +154,22 @@ def test_peak_memory_is_the_process_s_own():
     script = "from fast.machine import peak_memory; print(peak_memory())"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 500_000_000 < len(held)
+
+
+def test_training_starts_from_the_recipe_s_weights(tmp_path):
+    """Projections four times the usual, gates that hold what is there, adapters and norms alone."""
+    config, recipe = small_config(), Recipe(seed=3)
+    found = named_parameters(Trainer(config, recipe, tmp_path).model.weights.to_dict())
+    usual = named_parameters(CoMeTModel(config, seed=3).weights.to_dict())
+    for name, p in usual.items():
+        leaf = name.rpartition(".")[2]
+        scale = (
+            4.0
+            if leaf.endswith(("_proj", "lm_head", "embed_tokens", "readout_embeddings"))
+            else 1.0
+        )
+        expected = torch.full_like(p, 2.0) if leaf == "gate_bias" else scale * p
+        assert torch.equal(found[name], expected), name
 
 
 class _Interrupted(Trainer):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference.config import CoMeTConfig
+from reference.parameters import named_parameters
 
 from ..checkpoints import read_training, write_training
 from ..files import check_writable
@@ -88,7 +89,7 @@ class Trainer:
 
     def _start_weights(self) -> None:
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
+            for name, p in named_parameters(self.model.weights.to_dict()).items():
                 leaf = name.rpartition(".")[2]
                 if leaf == "gate_bias":
                     p.fill_(self.recipe.first_gate_bias)
