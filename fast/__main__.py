@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
+import json
+import os
+import unicodedata
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import watch
+from reference.config import MemoryConfig
+
+from . import reading, watch
 from .bench import devices as bench_devices
 from .bench import report as bench_report
 from .files import atomic_write, check_writable
 from .inputs import MOST, check_count
-from .machine import keep_memory
+from .machine import keep_memory, machine
 from .model import CoMeTModel
 from .tasks import passkey, passkey_report, passkey_training
 
@@ -115,10 +122,57 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--html", type=Path, metavar="PAGE", help="write the page to this file "
                        "instead of serving it")  # fmt: skip
     watching.set_defaults(run=_watch)
+    _add_reading(commands)
     for command in (demo, measure):
         command.add_argument("--processes", type=int, help="processes of one thread each to share "
                              "the depths among (default: one a core)")  # fmt: skip
     return parser
+
+
+MEMORY = {
+    "chunk_size": 1024,
+    "global_memory_size": 8,
+    "temporary_memory_size": 256,
+    "compression_stride": 8,
+}
+"""Sizes of a backbone's memories, and their defaults."""
+
+
+def _add_reading(commands: Any) -> None:
+    """The commands that read a document and answer questions about it."""
+    read = commands.add_parser("read", help="read a document into a state; goes on where it "
+                               "stopped")  # fmt: skip
+    read.add_argument("document", type=Path, metavar="DOCUMENT", help="a text, UTF-8")
+    read.add_argument("--save", type=Path, metavar="STATE", required=True, help="file of the state "
+                      "and of the place in the document; saved every minute")  # fmt: skip
+    for name, default in MEMORY.items():
+        flag = "--" + name.replace("_", "-")
+        read.add_argument(flag, type=int, metavar="N", help=f"of a backbone's memories (default: "
+                          f"{default})")  # fmt: skip
+    read.add_argument("--seed", type=int, help="of a backbone's memories (default: 0)")
+    read.add_argument("--dtype", choices=reading.DTYPES, help="to read in (default: the files')")
+    read.add_argument("--loss", action="store_true", help="predict every token too, for the table")
+    read.add_argument("--report", type=Path, metavar="FILE", help="write the table's numbers to "
+                      "this file, as JSON")  # fmt: skip
+    read.set_defaults(run=_read)
+
+    ask = commands.add_parser("ask", help="ask about what a state has read")
+    ask.add_argument("state", type=Path, metavar="STATE", help="of `read`; it stays as it is")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of the answer, "
+                     "at most (default: %(default)s)")  # fmt: skip
+    ask.add_argument("--temperature", type=float, default=0.0, metavar="T", help="above 0 draws "
+                     "from softmax(logits / T) (default: the likeliest token)")  # fmt: skip
+    ask.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    ask.add_argument("--save", type=Path, metavar="STATE", help="file of the state after the answer, "
+                     "to go on with (default: none)")  # fmt: skip
+    ask.set_defaults(run=_ask)
+    for command, moved in ((read, ""), (ask, ", where it has moved")):
+        kind = command.add_mutually_exclusive_group(required=command is read)
+        kind.add_argument("--backbone", metavar="SOURCE", help="a pretrained model's folder or GGUF "
+                          f"file{moved}")  # fmt: skip
+        kind.add_argument("--model", metavar="FOLDER", help="a checkpoint of CoMeT's, with its "
+                          f"tokenizer{moved}")  # fmt: skip
 
 
 NUMBERS = {
@@ -129,6 +183,7 @@ NUMBERS = {
     "threads": (1, 1024),
     "chunks": (1, MOST),
     "answer": (0, MOST),
+    "max_new_tokens": (1, MOST),
 }
 """Options that are integers: the least and the most."""
 
@@ -139,12 +194,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name, None)
         for number in value if isinstance(value, list) else [value]:
             if number is not None:
-                check_count(f"--{name}", number, least, most)
+                check_count(f"--{name.replace('_', '-')}", number, least, most)
 
 
 def _needed(args: argparse.Namespace) -> list[str]:
     """Packages of the extra `commands` that a command uses, matplotlib only where it draws."""
-    if args.command == "watch":
+    if args.command in ("watch", "ask"):
         return []
     draws = (
         args.command == "demo"
@@ -233,6 +288,68 @@ def _train(args: argparse.Namespace) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     print(f"wrote {passkey_training.train(args.out, args.seed)}")
+
+
+def _read(args: argparse.Namespace) -> None:
+    own: dict[str, Any] = {
+        name: getattr(args, name) for name in (*MEMORY, "seed") if getattr(args, name) is not None
+    }
+    memory = None
+    if args.model is None:
+        sizes: dict[str, Any] = MEMORY | own
+        memory = MemoryConfig(**{name: sizes[name] for name in MEMORY})
+    elif own:
+        flags = ", ".join(f"--{option}" for option in own).replace("_", "-")
+        raise ValueError(
+            f"{flags}: of a backbone's fresh memories; a checkpoint, as --model gives it, has its own."
+        )
+    path = os.path.abspath(args.backbone if args.model is None else args.model)
+    source = reading.Source(path, memory, own.get("seed", 0), args.dtype)
+    if args.report is not None:
+        check_writable(args.report)
+    marks = reading.read_document(args.document, source, args.save, loss=args.loss)
+    threads = torch.get_num_threads()
+    how = machine(f"{threads} thread{'s' * (threads > 1)}")
+    print(f"\n{reading.table(marks)}\n\n{how}\nwrote {args.save}")
+    if args.report is not None:
+        report = {
+            "source": dataclasses.asdict(source),
+            "machine": how,
+            "marks": [dataclasses.asdict(mark) for mark in marks],
+        }
+        atomic_write(args.report, json.dumps(report, indent=2) + "\n")
+        print(f"wrote {args.report}")
+
+
+def _ask(args: argparse.Namespace) -> None:
+    source = None
+    if args.model is not None:
+        source = reading.Source(os.path.abspath(args.model))
+    elif args.backbone is not None:
+        source = reading.noted_source(args.state)
+        if source is None or source.memory is None:
+            raise ValueError(
+                f"{args.state} tells of no backbone's memories; give the model that read it by "
+                "--model FOLDER."
+            )
+        source = dataclasses.replace(source, path=os.path.abspath(args.backbone))
+
+    def write(part: str) -> None:
+        # A control character could do anything to a terminal.
+        plain = (c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in part)
+        print("".join(plain), end="", flush=True)
+
+    reading.ask(
+        args.state,
+        args.question,
+        source,
+        write,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        save=args.save,
+    )
+    print()
 
 
 if __name__ == "__main__":

@@ -424,6 +424,7 @@ def write_state(
     counts: dict[str, np.ndarray],
     tensors: dict[str, Layers],
     weights: str | None = None,
+    notes: dict[str, Any] | None = None,
 ) -> None:
     """Write a stream's state to one safetensors file, whole or not at all.
 
@@ -433,6 +434,7 @@ def write_state(
         counts: [b] int64 each, stored as `count.NAME`.
         tensors: one a layer each, stored as `NAME.LAYER`.
         weights: digest of the weights that it was read with, or None.
+        notes: what else the file tells, fit for JSON, or None.
     """
     named = {f"{name}.{i}": t for name, layers in tensors.items() for i, t in enumerate(layers)}
     for name, x in named.items():
@@ -443,7 +445,8 @@ def write_state(
             )
     whole = {f"count.{name}": count for name, count in counts.items()} | named
     header: dict[str, Any] = {"kind": "state", "version": 2, "model": model}
-    atomic_save(path, whole, header if weights is None else header | {"weights": weights})
+    more = {"weights": weights, "notes": notes}
+    atomic_save(path, whole, header | {k: v for k, v in more.items() if v is not None})
 
 
 def read_state(

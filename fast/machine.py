@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["keep_memory", "machine", "peak_memory"]
+__all__ = ["keep_memory", "machine", "peak_memory", "resident_memory"]
 
 
 def machine(how: str) -> str:
@@ -28,12 +28,26 @@ def machine(how: str) -> str:
 
 def peak_memory() -> int:
     """Largest resident set that this process has had, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: ru_maxrss would start at the parent's
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    told = _status("VmHWM")
+    if told is not None:  # Linux: ru_maxrss would start at the parent's
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """The resident set of this process now, in bytes; the largest so far where it is not told."""
+    told = _status("VmRSS")
+    return peak_memory() if told is None else told
+
+
+def _status(name: str) -> int | None:
+    """A size that Linux tells of this process, in bytes; None elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(x for x in status.read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4

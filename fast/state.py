@@ -326,7 +326,12 @@ class CoMeTState:
                         "in a wider dtype."
                     )
 
-    def save(self, path: str | Path, model: Model | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        model: Model | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
         """Write the state to one safetensors file; an existing file is replaced whole or not at
         all.
 
@@ -335,6 +340,8 @@ class CoMeTState:
             model: the model or engine that read the text. The file then tells of its weights, by
                 their digest, and `load` refuses it for others. That takes about a second a
                 gigabyte of weights, here and in `load`. None leaves it out.
+            notes: what else the file tells, fit for JSON, for whoever reads its header; `load` does
+                not look at it. None is nothing.
 
         Raises:
             ValueError: the state holds NaN or infinity, or the model is of another config; nothing
@@ -348,7 +355,7 @@ class CoMeTState:
         counts = {name: getattr(self, name) for name in COUNTS}
         left_out = () if self.row_length.any() else ROW  # of no slots
         tensors = {name: getattr(self, name) for name in TENSORS if name not in left_out}
-        write_state(Path(path), self.model, counts, tensors, weights)
+        write_state(Path(path), self.model, counts, tensors, weights, notes)
 
     @classmethod
     def load(cls, path: str | Path, model: Model, other_weights: bool = False) -> CoMeTState:
