@@ -13,6 +13,7 @@ from unittest.mock import patch
 from hypothesis import strategies as st
 
 from fast.__main__ import main
+from fast.pretrained.text import ByteText
 
 from ..strategies import random_model
 from . import REFUSED, SENTENCE, WORKED, small
@@ -29,6 +30,7 @@ PATHS_IN_WORDS = (
     *("", "file", "file/in", ".", "folder", "missing/deep", "/proc/no/such", "pipe", "state"),
     *("\0", "\ud800", "loop", "page.md", "model", "broken"),
 )
+QUESTIONS = ("Why?", "", "\udcff")
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "demo": {
         "--out": PATHS_IN_WORDS,
@@ -69,6 +71,26 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--port": ("0", "-1", "99999", "x"),
         "--html": PATHS_IN_WORDS,
     },
+    "read": {
+        "": PATHS_IN_WORDS,
+        "--model": PATHS_IN_WORDS,
+        "--backbone": PATHS_IN_WORDS,
+        "--save": PATHS_IN_WORDS,
+        "--chunk-size": NUMBERS_IN_WORDS,
+        "--seed": NUMBERS_IN_WORDS,
+        "--dtype": ("float32", "int8", ""),
+        "--loss": (),
+        "--report": PATHS_IN_WORDS,
+    },
+    "ask": {
+        "": PATHS_IN_WORDS,
+        "--model": PATHS_IN_WORDS,
+        "--backbone": PATHS_IN_WORDS,
+        "--save": PATHS_IN_WORDS,
+        "--max-new-tokens": NUMBERS_IN_WORDS,
+        "--temperature": NUMBERS_IN_WORDS,
+        "--seed": NUMBERS_IN_WORDS,
+    },
     "no command": {"": ("x",)},
 }
 """The options of each command, and what they are given; "" is what stands without one."""
@@ -81,6 +103,12 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     words = [name]
     if "" in OPTIONS[name]:
         words += draw(st.lists(st.sampled_from(OPTIONS[name][""]), min_size=1, max_size=1))
+    if name == "ask":
+        words.append(draw(st.sampled_from(QUESTIONS)))
+    if name in ("read", "ask"):  # mostly whole, so that more than a missing option is told
+        words += draw(
+            st.sampled_from(([], ["--model", "model", *["--save", "new"] * (name == "read")]))
+        )
     options = sorted({*OPTIONS[name], "--unknown"} - {""})
     for option in draw(st.lists(st.sampled_from(options), max_size=3, unique=True)):
         values = OPTIONS[name].get(option, ())
@@ -101,9 +129,12 @@ def nothing_measured(folder: Path) -> Iterator[None]:
             module, _, function = place.rpartition(".")
             package = "fast." if module.startswith("bench") else "fast.tasks."
             stack.enter_context(patch(f"{package}{module}.{function}", start))
-        stack.enter_context(patch("fast.watch.read", start))
+        for place in ("watch.read", "reading._Reading.step", "model.CoMeTModel.generate"):
+            stack.enter_context(patch(f"fast.{place}", start))
+        stack.enter_context(patch("fast.reading.open_text", lambda *_: ByteText()))
         stack.enter_context(patch("torch.set_num_threads"))
         stack.enter_context(patch("fast.__main__.keep_memory"))
+        stack.enter_context(patch("fast.reading.keep_memory"))
         stack.enter_context(contextlib.chdir(folder))
         yield
 
