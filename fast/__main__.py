@@ -22,9 +22,9 @@ from .bench import devices as bench_devices
 from .bench import report as bench_report
 from .files import atomic_write, check_writable
 from .inputs import MOST, check_count
-from .machine import keep_memory, machine
+from .machine import keep_memory, machine, threads
 from .model import CoMeTModel
-from .tasks import passkey, passkey_report, passkey_training
+from .tasks import memories, memories_report, passkey, passkey_report, passkey_training
 
 MISTAKES = (
     ArithmeticError,
@@ -74,8 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--lengths", type=int, nargs="+", default=list(passkey_report.LENGTHS))
     demo.set_defaults(run=_demo)
 
-    measure = commands.add_parser("eval", help="measure a task")
-    measure.add_argument("task", choices=["passkey"])
+    tasks = commands.add_parser("eval", help="measure a task").add_subparsers(
+        dest="task", required=True
+    )
+    measure = tasks.add_parser("passkey", help="find pass keys in texts of bytes")
     measure.add_argument("--variant", choices=passkey.VARIANTS, default="published")
     measure.add_argument("--lengths", type=int, nargs="+", default=list(passkey_report.LENGTHS))
     measure.add_argument("--keys", type=int, default=5, help="keys a depth")
@@ -88,6 +90,19 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--haystack", help="a text file (default: the built-in text)")
     measure.add_argument("--out", type=Path, help="folder for results and pictures")
     measure.set_defaults(run=_measure)
+    compare = tasks.add_parser("memories", help="what trained memories are worth to a backbone",
+                               description=memories_report.__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    compare.add_argument("--memories", type=Path, required=True, metavar="FILE", help="of `train "
+                         "memories`")  # fmt: skip
+    compare.add_argument("--lengths", type=int, nargs="+", default=list(
+        memories_report.Setting.lengths), help="tokens of the texts with a key")  # fmt: skip
+    compare.add_argument("--keys", type=int, default=memories_report.Setting.keys, help="keys a "
+                         "length (default: %(default)s)")  # fmt: skip
+    compare.add_argument("--windows", type=int, default=memories_report.Setting.windows,
+                         metavar="N", help="texts of prose (default: %(default)s)")  # fmt: skip
+    compare.add_argument("--out", type=Path, help="folder for results and a picture")
+    compare.set_defaults(run=_compare)
 
     bench = commands.add_parser("bench", help="measure speed and memory, side by side")
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
@@ -97,12 +112,28 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--page", type=Path, help="a Markdown page to put tables and pictures into")
     bench.set_defaults(run=_bench)
 
-    train = commands.add_parser("train", help="train a model; goes on where it stopped")
-    train.add_argument("task", choices=["passkey"])
-    train.add_argument("--out", type=Path, default=Path("runs/passkey"), help="folder of the run")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--threads", type=int, help="threads to compute with (default: all)")
+    tasks = commands.add_parser(
+        "train", help="train a model; goes on where it stopped"
+    ).add_subparsers(dest="task", required=True)
+    train = tasks.add_parser("passkey", help="the byte-level model that finds pass keys")
     train.set_defaults(run=_train)
+    adapt = tasks.add_parser("memories", help="the memories of a pretrained backbone")
+    adapt.add_argument("--steps", type=int, default=memories.Recipe.steps, metavar="N", help="texts "
+                       "to train on (default: %(default)s)")  # fmt: skip
+    _add_sizes(adapt, memories.MEMORY)
+    adapt.set_defaults(run=_adapt)
+    for command in (train, adapt):
+        out = Path("runs") / command.prog.rpartition(" ")[2]
+        command.add_argument("--out", type=Path, default=out, help="folder of the run (default: "
+                             "%(default)s)")  # fmt: skip
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--threads", type=int, help="threads to compute with (default: all)")
+    for command in (adapt, compare):
+        command.add_argument("--backbone", type=Path, required=True, metavar="SOURCE", help="a "
+                             "pretrained model's folder or GGUF file")  # fmt: skip
+        command.add_argument("--document", type=Path, nargs="+", required=True, metavar="FILE",
+                             help="prose; the last tenth of each is kept from training, and read "
+                             "by `eval`")  # fmt: skip
 
     watching = commands.add_parser("watch", help="watch a model read a file, chunk by chunk",
                                    description=watch.COMMAND)  # fmt: skip
@@ -129,13 +160,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-MEMORY = {
-    "chunk_size": 1024,
-    "global_memory_size": 8,
-    "temporary_memory_size": 256,
-    "compression_stride": 8,
-}
-"""Sizes of a backbone's memories, and their defaults."""
+MEMORY = MemoryConfig(chunk_size=1024, global_memory_size=8, temporary_memory_size=256)
+"""Of a backbone's memories, where they are fresh."""
+
+SIZES = ("chunk_size", "global_memory_size", "temporary_memory_size", "compression_stride")
+"""Fields of a `MemoryConfig` that are options."""
+
+
+def _add_sizes(command: argparse.ArgumentParser, memory: MemoryConfig) -> None:
+    """Options for the sizes of a backbone's memories."""
+    for name in SIZES:
+        flag, default = "--" + name.replace("_", "-"), getattr(memory, name)
+        command.add_argument(flag, type=int, metavar="N", help=f"of a backbone's memories (default: "
+                             f"{default})")  # fmt: skip
+
+
+def _memory(args: argparse.Namespace, memory: MemoryConfig) -> MemoryConfig:
+    """The memories with the sizes that options give."""
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    return dataclasses.replace(memory, **given)
 
 
 def _add_reading(commands: Any) -> None:
@@ -145,10 +188,9 @@ def _add_reading(commands: Any) -> None:
     read.add_argument("document", type=Path, metavar="DOCUMENT", help="a text, UTF-8")
     read.add_argument("--save", type=Path, metavar="STATE", required=True, help="file of the state "
                       "and of the place in the document; saved every minute")  # fmt: skip
-    for name, default in MEMORY.items():
-        flag = "--" + name.replace("_", "-")
-        read.add_argument(flag, type=int, metavar="N", help=f"of a backbone's memories (default: "
-                          f"{default})")  # fmt: skip
+    _add_sizes(read, MEMORY)
+    read.add_argument("--memories", metavar="FILE", help="a backbone's memories, of `train "
+                      "memories` (default: fresh ones)")  # fmt: skip
     read.add_argument("--seed", type=int, help="of a backbone's memories (default: 0)")
     read.add_argument("--dtype", choices=reading.DTYPES, help="to read in (default: the files')")
     read.add_argument("--loss", action="store_true", help="predict every token too, for the table")
@@ -184,6 +226,8 @@ NUMBERS = {
     "chunks": (1, MOST),
     "answer": (0, MOST),
     "max_new_tokens": (1, MOST),
+    "steps": (1, MOST),
+    "windows": (1, MOST),
 }
 """Options that are integers: the least and the most."""
 
@@ -201,6 +245,8 @@ def _needed(args: argparse.Namespace) -> list[str]:
     """Packages of the extra `commands` that a command uses, matplotlib only where it draws."""
     if args.command in ("watch", "ask"):
         return []
+    if args.command == "train":
+        return ["tqdm"]
     draws = (
         args.command == "demo"
         or (args.command == "eval" and args.out is not None)
@@ -290,26 +336,55 @@ def _train(args: argparse.Namespace) -> None:
     print(f"wrote {passkey_training.train(args.out, args.seed)}")
 
 
+def _adapt(args: argparse.Namespace) -> None:
+    recipe = memories.Recipe(_memory(args, memories.MEMORY), steps=args.steps, seed=args.seed)
+    check_writable(args.out / "training.pt")
+    keep_memory()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    trainer = memories.Trainer(args.backbone, args.document, recipe, args.out)
+    trainer.run()
+    print(f"{memories.table(trainer.log)}\n\n{machine(threads())}\nwrote {trainer.result}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    setting = memories_report.Setting(
+        str(args.backbone),
+        str(args.memories),
+        tuple(map(str, args.document)),
+        windows=args.windows,
+        lengths=tuple(args.lengths),
+        keys=args.keys,
+    )
+    for name in () if args.out is None else ("memories.json", "memories.png"):
+        check_writable(args.out / name)
+    keep_memory()
+    results = memories_report.measure(setting)
+    print(f"\n{memories_report.table(results, setting)}\n\n{machine(threads())}")
+    if args.out is not None:
+        memories_report.save(results, setting, args.out / "memories.json")
+        print(f"wrote {memories_report.draw(results, setting, args.out / 'memories.png')}")
+
+
 def _read(args: argparse.Namespace) -> None:
-    own: dict[str, Any] = {
-        name: getattr(args, name) for name in (*MEMORY, "seed") if getattr(args, name) is not None
-    }
-    memory = None
-    if args.model is None:
-        sizes: dict[str, Any] = MEMORY | own
-        memory = MemoryConfig(**{name: sizes[name] for name in MEMORY})
-    elif own:
+    own = [name for name in (*SIZES, "seed") if getattr(args, name) is not None]
+    given = "--model" if args.model is not None else "--memories" if args.memories else None
+    if given is not None and own:
         flags = ", ".join(f"--{option}" for option in own).replace("_", "-")
-        raise ValueError(
-            f"{flags}: of a backbone's fresh memories; a checkpoint, as --model gives it, has its own."
-        )
+        raise ValueError(f"{flags}: of fresh memories; what {given} names has its own.")
+    if args.model is not None and args.memories is not None:
+        raise ValueError("--memories: of a backbone; what --model names has its own.")
+    memory: MemoryConfig | str | None = None
+    if args.memories is not None:
+        memory = os.path.abspath(args.memories)
+    elif args.model is None:
+        memory = _memory(args, MEMORY)
     path = os.path.abspath(args.backbone if args.model is None else args.model)
-    source = reading.Source(path, memory, own.get("seed", 0), args.dtype)
+    source = reading.Source(path, memory, args.seed or 0, args.dtype)
     if args.report is not None:
         check_writable(args.report)
     marks = reading.read_document(args.document, source, args.save, loss=args.loss)
-    threads = torch.get_num_threads()
-    how = machine(f"{threads} thread{'s' * (threads > 1)}")
+    how = machine(threads())
     print(f"\n{reading.table(marks)}\n\n{how}\nwrote {args.save}")
     if args.report is not None:
         report = {

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["keep_memory", "machine", "peak_memory", "resident_memory"]
+__all__ = ["keep_memory", "machine", "peak_memory", "resident_memory", "threads"]
 
 
 def machine(how: str) -> str:
@@ -24,6 +24,14 @@ def machine(how: str) -> str:
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = names[0].partition(":")[2].strip() if names else name
     return f"{name}, {how}, Python {platform.python_version()}, torch {version('torch')}"
+
+
+def threads() -> str:
+    """How many threads PyTorch computes with, in words."""
+    import torch  # here, since the engine needs none
+
+    number = torch.get_num_threads()
+    return f"{number} thread{'s' * (number > 1)}"
 
 
 def peak_memory() -> int:

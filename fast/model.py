@@ -586,26 +586,40 @@ class CoMeTModel(nn.Module):
         config, weights = load_checkpoint(Path(folder))
         return cls(config, weights, device=device, dtype=dtype)
 
+    def save_memories(self, path: str | Path) -> None:
+        """Write the memories' weights alone to one safetensors file, whole or not at all, for
+        `from_backbone` to read back.
+
+        Args:
+            path: an existing file is replaced.
+
+        Raises:
+            ValueError: a weight holds NaN or infinity; nothing is written.
+        """
+        from .pretrained.memories import save_memories
+
+        save_memories(Path(path), self.config, self.weights)
+
     @classmethod
     def from_backbone(
         cls,
         source: str | Path | nn.Module,
-        memory: MemoryConfig,
+        memory: MemoryConfig | str | Path,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         *,
         seed: int = 0,
     ) -> CoMeTModel:
-        """A pretrained model with fresh memories, to be trained.
+        """A pretrained model with memories: fresh ones, to be trained, or trained ones.
 
         Args:
             source: a folder with config.json and safetensors, as Hugging Face writes it, a GGUF
                 file, or a causal language model of `transformers`: Llama, Mistral, Qwen2, Qwen3,
                 SmolLM2.
-            memory: the memories to add.
+            memory: of fresh memories; or a file that `save_memories` wrote, for those in it.
             dtype: of the weights; None is the checkpoint's, float32 for GGUF.
             device: of the weights; None is the CPU.
-            seed: of the memories' weights.
+            seed: of fresh memories' weights.
 
         Returns:
             The model. Without memories, and within one chunk, it computes what the backbone does.
@@ -617,10 +631,17 @@ class CoMeTModel(nn.Module):
                 window, experts, another activation or rotation. It is named.
         """
         from .pretrained.backbones import plug_in, read_backbone
+        from .pretrained.memories import load_memories, put_memories
 
-        check_kind("memory", memory, MemoryConfig, "a MemoryConfig")
+        check_kind("memory", memory, (MemoryConfig, str, Path), "a MemoryConfig, or a file of one")
         check_count("seed", seed, 0)
         if dtype is not None:
             check_kind("dtype", dtype, torch.dtype, "a dtype of PyTorch's, e.g. torch.float32")
+        path = None
+        if not isinstance(memory, MemoryConfig):
+            path = Path(memory)
+            memory = load_memories(path)[0].memory
         config, weights = plug_in(read_backbone(source), memory, dtype, seed)
+        if path is not None:
+            weights = put_memories(path, config, weights)
         return cls(config, weights, device=device, dtype=dtype)

@@ -43,8 +43,9 @@ class Source:
     path: str
     """A checkpoint's folder, or a backbone's folder or GGUF file."""
 
-    memory: MemoryConfig | None = None
-    """The memories that a backbone gets; None for a checkpoint, which has its own."""
+    memory: MemoryConfig | str | None = None
+    """A backbone's memories: of fresh ones, or the file of trained ones; None for a checkpoint, which
+    has its own."""
 
     seed: int = 0
     """Of a backbone's fresh memories."""
@@ -60,10 +61,12 @@ class Source:
             OSError, ValueError: the model or its tokenizer is missing, damaged, or does not fit.
         """
         path, dtype = Path(self.path), None if self.dtype is None else getattr(torch, self.dtype)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is not there; give the model that is to read, or has read, where it is now."
-            )
+        for place in (path, self.memory):
+            if not isinstance(place, (MemoryConfig, type(None))) and not Path(place).exists():
+                raise FileNotFoundError(
+                    f"{place} is not there; give the model that is to read, or has read, where it is "
+                    "now."
+                )
         if self.memory is None:
             model = CoMeTModel.from_pretrained(path, dtype=dtype)
         else:
@@ -116,10 +119,15 @@ def noted_source(path: Path) -> Source | None:
         return None
     try:
         source = Source(**data)
-        memory = source.memory if source.memory is None else MemoryConfig(**data["memory"])
+        memory = data.get("memory")
+        if isinstance(memory, dict):
+            memory = MemoryConfig(**memory)
         check_count("seed", source.seed, 0)
-        if not isinstance(source.path, str) or source.dtype not in (None, *DTYPES):
-            raise ValueError(f"path {shown(source.path)}, dtype {shown(source.dtype)}")
+        is_known = memory is None or isinstance(memory, (MemoryConfig, str))
+        if not isinstance(source.path, str) or not is_known or source.dtype not in (None, *DTYPES):
+            raise ValueError(
+                f"path {shown(source.path)}, memory {shown(memory)}, dtype {shown(source.dtype)}"
+            )
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path} tells of its model in another form ({error}); give the model by --model."

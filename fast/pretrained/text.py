@@ -65,9 +65,13 @@ class ByteText:
         data = file.read(size)
         return list(data), place + len(data)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, none added, none special."""
+        return list(text.encode())
+
     def prompt(self, question: str) -> list[int]:
         """The tokens of a question, to be answered after a document."""
-        return list(question.encode())
+        return self.encode(question)
 
     def decoder(self) -> Callable[[int], str]:
         """A function that takes token after token, and gives the text that each completes."""
@@ -91,7 +95,7 @@ class TokenText:
         self.start = tuple(i for i in first if i == tokenizer.bos_token_id)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, none added, none special."""
+        """As `ByteText.encode`."""
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return self.tokenizer(text, **options).input_ids
 
