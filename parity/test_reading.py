@@ -507,7 +507,7 @@ def test_mistakes_are_told_in_a_sentence(read, source, backbone, document, tmp_p
         f"{file} was read with other weights": ["read", document, *words[:-1], 4, "--save", file],
         f"{file}: the state belongs to a model with config": ["read", document, "--backbone", backbone, "--save", file],
         f"{other} is not a readable safetensors file": ["read", document, *words, "--save", other],
-        "--chunk-size, --seed: of a backbone's fresh": ["read", document, "--model", backbone, "--chunk-size", 9, "--seed", 1, "--save", missing],
+        "--chunk-size, --seed: of fresh memories": ["read", document, "--model", backbone, "--chunk-size", 9, "--seed", 1, "--save", missing],
         "chunk_size is 0": ["read", document, "--backbone", backbone, "--chunk-size", 0, "--save", missing],
         "the question is empty": ["ask", file, ""],
         "No such file or directory": ["ask", missing, "Why?"],
