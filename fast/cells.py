@@ -113,7 +113,7 @@ def run_layer(
 def run_layers(
     text: Tensor,
     row: Row,
-    rotation: Rotation,
+    rotations: tuple[Rotation, ...],
     keys: Tensors,
     values: Tensors,
     global_state: Tensors,
@@ -126,7 +126,8 @@ def run_layers(
 
     Args:
         text: [b, w] ids, the text tokens of the round.
-        row, rotation: as in `run_layer`.
+        row: as in `run_layer`.
+        rotations: `rotary_tables` of its positions.
         keys, values: per layer [b, k, p, e], the rows so far.
         global_state, queue: per layer, as in the state; empty where there is no such memory.
         recorder: what watches every layer, or None.
@@ -139,7 +140,7 @@ def run_layers(
     top = len(keys) - 1
     cells = []
     for i, weights in enumerate(params["layers"]):
-        before = hidden
+        before, rotation = hidden, rotations[i in config.backbone.unrotated_layers]
         cell = weights if isinstance(weights, nn.Module) else partial(run_layer, weights=weights)
         hidden, *found = cell(
             before,

@@ -18,7 +18,7 @@ import numpy as np
 from array_api_compat import is_array_api_obj, is_torch_array
 from safetensors import SafetensorError, safe_open
 
-from reference.config import CoMeTConfig
+from reference.config import LATER, CoMeTConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
 from .arrays import Array, all_finite, dtype_name, is_floating, to_host
@@ -157,7 +157,7 @@ def _check_whole(data: dict[str, Any], config: CoMeTConfig, folder: Path) -> Non
         f"{part}.{name}"
         for part, fields in config.to_dict().items()
         for name in fields
-        if name not in data[part]
+        if name not in data[part] and name not in LATER
     ]
     if lacking:
         raise ValueError(
@@ -168,15 +168,15 @@ def _check_whole(data: dict[str, Any], config: CoMeTConfig, folder: Path) -> Non
 
 def _check_same(data: Any, config: CoMeTConfig, folder: Path) -> None:
     """Raise ValueError unless the config in the weights' file is that of config.json."""
-    if CoMeTConfig.from_dict(data) == config:
-        return
-    parts = config.to_dict()
+    saved, parts = CoMeTConfig.from_dict(data).to_dict(), config.to_dict()
     differing = [
         f"{part}.{name}"
         for part, fields in parts.items()
         for name, value in fields.items()
-        if data[part].get(name) != value
+        if saved[part][name] != value
     ]
+    if not differing:
+        return
     raise ValueError(
         f"{folder / CONFIG} differs from the config that {MODEL} was saved with in "
         f"{', '.join(differing)}; a save was cut between the two, or the file was edited. Without "

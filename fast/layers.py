@@ -34,6 +34,7 @@ __all__ = [
     "rms_norm",
     "rotary_frequencies",
     "rotary_table",
+    "rotary_tables",
     "rotate",
     "sigmoid",
     "split_heads",
@@ -174,6 +175,20 @@ def rotary_table(positions: Tensor, config: BackboneConfig) -> tuple[Tensor, Ten
     """
     angles = positions[..., None].to(torch.float64) * rotary_frequencies(config)
     return torch.cos(angles), torch.sin(angles)
+
+
+def rotary_tables(positions: Tensor, config: BackboneConfig) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The tables that a model's layers take: layer i takes `tables[i in config.unrotated_layers]`.
+    Twin of `reference.layers.rotary_tables`.
+
+    Args:
+        positions: as in `rotary_table`.
+
+    Returns:
+        The table of positions; where some layers do not rotate, theirs after it.
+    """
+    standing = [positions, 0 * positions] if config.unrotated_layers else [positions]
+    return tuple(rotary_table(p, config) for p in standing)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

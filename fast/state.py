@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from array_api_compat import array_namespace, device, size, to_device
 
-from reference.config import CoMeTConfig, MemoryConfig
+from reference.config import LATER, CoMeTConfig, MemoryConfig
 
 from .arrays import Array, all_finite, dtype_name, numbers, shown, take_rows
 from .checkpoints import Layers, read_state, weights_digest, write_state
@@ -55,8 +55,14 @@ def _check_model(model: Any) -> None:
 
 
 def fingerprint(config: CoMeTConfig) -> str:
-    """Short name of a model's shape; states fit models of an equal config."""
-    canonical = json.dumps(_plain(config.to_dict()), sort_keys=True)
+    """Short name of a model's shape; states fit models of an equal config. A field that came later
+    is left out where it says what held before, so that states from then still fit.
+    """
+    told = {
+        part: {name: v for name, v in fields.items() if name not in LATER or v != LATER[name]}
+        for part, fields in config.to_dict().items()
+    }
+    canonical = json.dumps(_plain(told), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

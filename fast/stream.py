@@ -25,7 +25,7 @@ from .cells import Rotation, Tensors, run_layers
 from .chunking import Round, plan_rounds
 from .compiling import untraced
 from .global_memory import read_global
-from .layers import Weights, project_memory, put_slots, rotary_table, take_slots
+from .layers import Weights, project_memory, put_slots, rotary_tables, take_slots
 from .rows import Row, count_round, lay_out
 from .state import CoMeTState, fingerprint
 
@@ -85,12 +85,12 @@ def new_state(
 
 
 @untraced()
-def _rotation(positions: np.ndarray, params: Weights, config: CoMeTConfig) -> Rotation:
-    """Rotary table of positions [r, n], on the weights' device, in float32 or wider."""
+def _rotations(positions: np.ndarray, params: Weights, config: CoMeTConfig) -> tuple[Rotation, ...]:
+    """`rotary_tables` of positions [r, n], on the weights' device, in float32 or wider."""
     like = params["norm"]
     dtype = torch.promote_types(like.dtype, torch.float32)
-    cos, sin = rotary_table(torch.from_numpy(positions), config.backbone)
-    return cos.to(like.device, dtype), sin.to(like.device, dtype)
+    tables = rotary_tables(torch.from_numpy(positions), config.backbone)
+    return tuple((cos.to(like.device, dtype), sin.to(like.device, dtype)) for cos, sin in tables)
 
 
 def _where_rows(flags: np.ndarray, yes: Tensor, no: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def open_chunk(
         return state
     row_length = np.where(opens, memory_slots, state.row_length)
     longest = int(row_length.max())
-    rotation = _rotation(np.arange(slots)[None], params, config)
+    rotations = _rotations(np.arange(slots)[None], params, config)
     keys, values = [], []
     for i, weights in enumerate(params["layers"]):
         parts = []
@@ -145,6 +145,7 @@ def open_chunk(
             parts.append(state.temporary_memory[i])
         # A sequence without memories yet, beside ones that have: its row begins over these slots.
         joined = torch.cat(parts, dim=1)[:, :slots]  # [b, m + q, d]
+        rotation = rotations[i in config.backbone.unrotated_layers]
         k, v = project_memory(joined, rotation, weights, config.backbone)
         k, v = k.to(joined.dtype), v.to(joined.dtype)  # under autocast they are narrower
         keys.append(_where_rows(opens, _fit(k, longest), _fit(state.keys[i], longest)))
@@ -224,7 +225,7 @@ def run_row(
     hidden, keys, values, states, queue = run_layers(
         take_slots(text, row.columns),
         row,
-        _rotation(laid_out.positions, params, config),
+        _rotations(laid_out.positions, params, config),
         state.keys,
         state.values,
         state.global_state,

@@ -175,10 +175,28 @@ FAULTS = {
         "positions=old +",
         "test_stream::test_every_call_leaves_the_reference_s_state",
     ),
+    "memory slots of an unrotated layer rotated": (
+        "stream.py",
+        "rotation = rotations[i in config.backbone.unrotated_layers]",
+        "rotation = rotations[0]",
+        "test_stream::test_open_chunk",
+    ),
+    "every layer rotated": (
+        "cells.py",
+        "rotations[i in config.backbone.unrotated_layers]",
+        "rotations[0]",
+        "test_model::test_logits",
+    ),
+    "a field's old meaning told in the fingerprint": (
+        "state.py",
+        "if name not in LATER or v != LATER[name]",
+        "",
+        "test_state::test_a_field_that_came_later_leaves_old_states_what_they_were",
+    ),
     "memory slots at positions of their own": (
         "stream.py",
-        "_rotation(np.arange(slots)[None]",
-        "_rotation(np.zeros((1, slots), dtype=np.int64)",
+        "_rotations(np.arange(slots)[None]",
+        "_rotations(np.zeros((1, slots), dtype=np.int64)",
         "test_stream::test_open_chunk",
     ),
     "the output before the last one given for the last": (

@@ -34,14 +34,16 @@ ROPE_SCALINGS = (
 
 @st.composite
 def backbones(draw: st.DrawFn) -> BackboneConfig:
-    """Llama-, Qwen2- and Qwen3-like: one layer to three, one head, grouped heads."""
+    """Llama-, Qwen2-, Qwen3- and SmolLM3-like: one layer to three, one head, grouped heads."""
     keys = draw(st.sampled_from([1, 2]))
     scaling = draw(st.sampled_from([None, None, *ROPE_SCALINGS]))
+    layers = draw(st.integers(1, 3))
+    unrotated = draw(st.one_of(st.just(set()), st.sets(st.integers(0, layers - 1))))
     return BackboneConfig(
         vocab_size=VOCAB,
         hidden_size=draw(st.sampled_from([4, 6])),
         intermediate_size=draw(st.sampled_from([3, 8])),
-        num_hidden_layers=draw(st.integers(1, 3)),
+        num_hidden_layers=layers,
         num_attention_heads=keys * draw(st.sampled_from([1, 2])),
         num_key_value_heads=keys,
         head_dim=draw(st.sampled_from([2, 4])),
@@ -51,6 +53,7 @@ def backbones(draw: st.DrawFn) -> BackboneConfig:
         qk_norm=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
+        unrotated_layers=tuple(sorted(unrotated)),
     )
 
 

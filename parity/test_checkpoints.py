@@ -1,5 +1,6 @@
 """Checkpoints: what goes out comes in again, and nothing else comes in."""
 
+import json
 import pickle
 
 import numpy as np
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from fast import CoMeTModel
 from fast.checkpoints import load_arrays, save_checkpoint
+from fast.files import atomic_save
 from reference import model as spec
 from reference import stream
+from reference.config import LATER
 from reference.parameters import named_parameters
 
 from .assertions import arrays_of, assert_near
@@ -56,6 +59,31 @@ def saved(tmp_path, make_config):
     model = random_model(config, 0)
     model.save_pretrained(tmp_path)
     return config, model, tmp_path / "config.json", tmp_path / "model.safetensors"
+
+
+def without(data, names):
+    """A config's dict that does not know some fields."""
+    return {
+        part: {name: value for name, value in fields.items() if name not in names}
+        for part, fields in data.items()
+    }
+
+
+def test_a_checkpoint_from_before_a_field_came_is_read(tmp_path, make_config):
+    """Whether its weights tell of their config, as ours do, or not."""
+    config, _, path, weights = saved(tmp_path, make_config)
+    old = without(config.to_dict(), LATER)
+    path.write_text(json.dumps(old))
+    assert CoMeTModel.from_pretrained(tmp_path).config == config
+    atomic_save(weights, load_file(weights), {"config": old})
+    assert CoMeTModel.from_pretrained(tmp_path).config == config
+    path.unlink()
+    assert CoMeTModel.from_pretrained(tmp_path).config == config
+    path.write_text(json.dumps(old))
+    save_file(load_file(weights), weights)
+    assert CoMeTModel.from_pretrained(tmp_path).config == config
+    path.write_text(json.dumps(without(config.to_dict(), {"gate"})))
+    refused(tmp_path, "lacks memory.gate; give every field")
 
 
 def refused(folder, match):

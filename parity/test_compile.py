@@ -31,7 +31,9 @@ def compiled(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backbone", [{}, {"attention_bias": True, "num_hidden_layers": 3}])
+@pytest.mark.parametrize(
+    "backbone", [{}, {"attention_bias": True, "num_hidden_layers": 3, "unrotated_layers": (1,)}]
+)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_chunks_of_a_steady_stream_are_one_graph(compiled, make_config, backbone, gradient):
     config = make_config(backbone)

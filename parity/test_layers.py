@@ -62,11 +62,22 @@ def test_adapter_linear_sigmoid(seed, d, r):
 def test_rotary_table_and_frequencies(backbone, start):
     positions = np.arange(start, start + 5)
     assert_near(fast.rotary_frequencies(backbone), spec.rotary_frequencies(backbone), "frequencies")
-    found = fast.rotary_table(torch.from_numpy(positions)[None], backbone)
-    for name, f, e in zip(
-        ("cos", "sin"), found, spec.rotary_table(positions, backbone), strict=True
-    ):
-        assert_near(f[0], e, name, 1e-10)  # an ulp of an angle of 1e5 radians is 1.5e-11
+    tables = fast.rotary_tables(torch.from_numpy(positions)[None], backbone)
+    for found, expected in zip(tables, spec.rotary_tables(positions, backbone), strict=True):
+        for name, f, e in zip(("cos", "sin"), found, expected, strict=True):
+            assert_near(f[0], e, name, 1e-10)  # an ulp of an angle of 1e5 radians is 1.5e-11
+
+
+@pytest.mark.host
+@given(backbones(), seeds)
+def test_layers_without_rotation_turn_nothing(backbone, seed):
+    """Exactly; and where every layer rotates there is one table."""
+    tables = spec.rotary_tables(np.arange(7), backbone)
+    assert len(tables) == 1 + bool(backbone.unrotated_layers)
+    x = np.random.default_rng(seed).normal(size=(1, 7, backbone.head_dim))
+    for table in tables[1:]:
+        assert np.array_equal(spec.rotate(x, table), x)
+    assert not np.array_equal(spec.rotate(x, tables[0]), x)
 
 
 @given(backbones(), seeds)

@@ -13,7 +13,7 @@ from fast import IGNORE, CoMeTModel
 from fast import model as fast
 from reference import chunking, stream
 from reference import model as spec
-from reference.layers import decoder_layer, rotary_table
+from reference.layers import decoder_layer, rotary_tables
 from reference.parameters import map_parameters
 
 from .assertions import (
@@ -97,10 +97,10 @@ def test_one_chunk_is_the_plain_decoder(case):
     backbone, at = config.backbone, np.arange(len(ids))
     hidden = params["embed_tokens"][ids]
     none = np.zeros((backbone.num_key_value_heads, 0, backbone.head_dim))
-    for weights in params["layers"]:
-        hidden, _, _ = decoder_layer(
-            hidden, none, none, at, rotary_table(at, backbone), weights, backbone
-        )
+    tables = rotary_tables(at, backbone)
+    for i, weights in enumerate(params["layers"]):
+        table = tables[i in backbone.unrotated_layers]
+        hidden, _, _ = decoder_layer(hidden, none, none, at, table, weights, backbone)
     expected = spec.predict(hidden, params, config)
     assert_near(model(tensor([ids])).logits[0], expected, "fast")
     assert_near(

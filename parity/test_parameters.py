@@ -93,6 +93,12 @@ BACKBONE = {
             "is {'rope_type': 'linear'}; expected .* a finite number above 0.0 under 'factor'",
         ),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type is one of"),
+        ({"unrotated_layers": (0, 0)}, r"unrotated_layers is \(0, 0\); expected a tuple of layers"),
+        ({"unrotated_layers": (-1,)}, "expected a tuple of layers, in order"),
+        ({"unrotated_layers": ("0",)}, "expected a tuple of layers, in order"),
+        ({"unrotated_layers": (True,)}, "expected a tuple of layers, in order"),
+        ({"unrotated_layers": 0}, "unrotated_layers is 0; expected a tuple of layers"),
+        ({"unrotated_layers": (0, 1)}, "names layer 1, num_hidden_layers is 1; layers are counted"),
     ],
 )
 def test_a_bad_backbone_says_what_is_wrong(changes, match):

@@ -95,6 +95,7 @@ def test_what_the_published_code_does_not_know_is_not_written(tmp_path, make_con
         ),
         ({"qk_norm": False}, {"adapter_rank": 8}, "backbone.qk_norm is False"),
         ({"attention_bias": True}, {"adapter_rank": 8}, "backbone.attention_bias is True"),
+        ({"unrotated_layers": (0,)}, {"adapter_rank": 8}, "backbone.unrotated_layers is \\(0,\\)"),
     ):
         config = make_config(backbone, memory)
         with pytest.raises(ValueError, match=match):
@@ -108,6 +109,7 @@ OTHERS = {
         "num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 2, "rms_norm_eps": 1e-3,
         "rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0},
         "qk_norm": False, "attention_bias": True, "tie_word_embeddings": True,
+        "unrotated_layers": (1,),
     },
     "memory": {
         "chunk_size": 5, "global_memory_size": 0, "temporary_memory_size": 7,

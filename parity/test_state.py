@@ -1,6 +1,7 @@
 """Save, load, fork and detach change nothing."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fast import CoMeTState, Recorder
+from fast import CoMeTConfig, CoMeTState, Recorder
 from fast.cupy_engine import CoMeTEngine
+from fast.state import fingerprint
 from reference import stream
+from reference.config import LATER
 
 from .assertions import array, arrays_of, assert_near, assert_same_stream, assert_state_equal
 from .device import tensor
@@ -232,6 +235,7 @@ OTHER = {
     "qk_norm": False,
     "attention_bias": True,
     "tie_word_embeddings": True,
+    "unrotated_layers": (1,),
     "chunk_size": 5,
     "global_memory_size": 3,
     "temporary_memory_size": 4,
@@ -257,6 +261,19 @@ def test_a_state_knows_every_field_of_its_config(make_config):
             model = random_model(changed, 0)
             with pytest.raises(ValueError, match="belongs to a model with config"):
                 model(tensor([[1, 2]]), state=state)
+
+
+@pytest.mark.host
+def test_a_field_that_came_later_leaves_old_states_what_they_were(make_config, monkeypatch):
+    """Fingerprints are those that were recorded before there was such a field."""
+    config = make_config()
+    assert fingerprint(config) == "3326e2f8e5ad37a7"
+    shipped = Path(__file__).parent.parent / "fast" / "tasks" / "passkey_model" / "config.json"
+    assert fingerprint(CoMeTConfig.from_json(shipped.read_text())) == "233e50f8196bb71b"
+    told = config.to_dict()
+    assert {name: (told["backbone"] | told["memory"])[name] for name in LATER} == LATER
+    monkeypatch.setattr("fast.state.LATER", dict.fromkeys(LATER, "another"))
+    assert fingerprint(config) != "3326e2f8e5ad37a7"
 
 
 def contradictions(state, config, row):

@@ -61,6 +61,9 @@ CORNERS = {
     ),
     "Qwen3": lambda c: c[0].backbone.qk_norm and not c[0].backbone.attention_bias,
     "Qwen2": lambda c: c[0].backbone.attention_bias and not c[0].backbone.qk_norm,
+    "layers without rotation beside others": lambda c: (
+        0 < len(c[0].backbone.unrotated_layers) < c[0].backbone.num_hidden_layers
+    ),
     "tied": lambda c: c[0].backbone.tie_word_embeddings,
     "scaled positions": lambda c: c[0].backbone.rope_scaling is not None,
 }  # fmt: skip

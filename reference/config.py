@@ -59,6 +59,11 @@ def _rope_scaling(value: Any) -> str | None:
     return None
 
 
+def _layers(value: Any) -> str | None:
+    fits = isinstance(value, tuple) and all(_is_number(v, int) and v >= 0 for v in value)
+    return None if fits and sorted(set(value)) == list(value) else "a tuple of layers, in order"
+
+
 _FLAG = _expect("True or False", lambda v: isinstance(v, bool))
 _EVEN = _expect(
     "an even number of at least 2, for rotary pairs",
@@ -79,6 +84,7 @@ BACKBONE_CHECKS: dict[str, Check] = {
     "qk_norm": _FLAG,
     "attention_bias": _FLAG,
     "tie_word_embeddings": _FLAG,
+    "unrotated_layers": _layers,
 }
 
 GATES = ("scalar", "vector")
@@ -97,6 +103,11 @@ MEMORY_CHECKS: dict[str, Check] = {
     "global_norm_eps": _optional(_number(0.0)),
     "temporary_norm_eps": _number(0.0),
 }
+
+
+LATER: dict[str, Any] = {"unrotated_layers": []}
+"""Fields that came after saved states and checkpoints did, and what held before, as `to_dict` has
+it. With that value a config is the one that it was, and a file that lacks the field means it."""
 
 
 def _check_fields(config: Any, checks: Mapping[str, Check]) -> None:
@@ -154,14 +165,25 @@ class BackboneConfig:
     tie_word_embeddings: bool = False
     """The output projection is the embedding table itself."""
 
+    unrotated_layers: tuple[int, ...] = ()
+    """Layers, from 0 and in order, whose queries and keys are not rotated (SmolLM3)."""
+
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):  # the caller may change its own
             object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))
+        if isinstance(self.unrotated_layers, list):  # as JSON has it
+            object.__setattr__(self, "unrotated_layers", tuple(self.unrotated_layers))
         _check_fields(self, BACKBONE_CHECKS)
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads "
             f"{self.num_key_value_heads} does not divide; choose a divisor.",
+        )
+        last = max(self.unrotated_layers, default=0)
+        _require(
+            last < self.num_hidden_layers,
+            f"unrotated_layers names layer {last}, num_hidden_layers is "
+            f"{self.num_hidden_layers}; layers are counted from 0.",
         )
 
 
@@ -246,7 +268,9 @@ class CoMeTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of every field, fit for JSON."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        data["backbone"]["unrotated_layers"] = list(self.backbone.unrotated_layers)
+        return data
 
     def to_json(self) -> str:
         """JSON text, indented, that `from_json` turns back into an equal config."""

@@ -24,6 +24,7 @@ __all__ = [
     "rms_norm",
     "rotary_frequencies",
     "rotary_table",
+    "rotary_tables",
     "rotate",
     "sigmoid",
     "softmax",
@@ -139,6 +140,21 @@ def rotary_table(positions: Array, config: BackboneConfig) -> tuple[Array, Array
     """
     angles = positions[:, None] * rotary_frequencies(config)
     return np.cos(angles), np.sin(angles)
+
+
+def rotary_tables(positions: Array, config: BackboneConfig) -> tuple[tuple[Array, Array], ...]:
+    """The tables that a model's layers take: layer i takes `tables[i in config.unrotated_layers]`.
+
+    A layer that does not rotate is one whose slots all stand at position 0: cosine 1, sine 0.
+
+    Args:
+        positions: as in `rotary_table`.
+
+    Returns:
+        The table of positions; where some layers do not rotate, theirs after it.
+    """
+    standing = [positions, 0 * positions] if config.unrotated_layers else [positions]
+    return tuple(rotary_table(p, config) for p in standing)
 
 
 def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:

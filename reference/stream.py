@@ -20,7 +20,7 @@ import numpy as np
 
 from .config import CoMeTConfig
 from .global_memory import read_global, update_global
-from .layers import Array, Weights, decoder_layer, rotary_table
+from .layers import Array, Weights, decoder_layer, rotary_tables
 from .temporary_memory import update_temporary
 
 __all__ = [
@@ -99,11 +99,13 @@ def run_row(
     Returns:
         Per layer [n, d], that layer's output; the state with the slots' keys and values.
     """
-    positions = state.row_length + np.arange(len(hidden))
-    rotation = rotary_table(positions, config.backbone)
+    backbone, positions = config.backbone, state.row_length + np.arange(len(hidden))
+    rotations = rotary_tables(positions, backbone)
     outputs, keys, values = [], [], []
-    for k, v, weights in zip(state.keys, state.values, params["layers"], strict=True):
-        hidden, k, v = decoder_layer(hidden, k, v, positions, rotation, weights, config.backbone)
+    for i, weights in enumerate(params["layers"]):
+        rotation = rotations[i in backbone.unrotated_layers]
+        row = state.keys[i], state.values[i]
+        hidden, k, v = decoder_layer(hidden, *row, positions, rotation, weights, backbone)
         outputs.append(hidden)
         keys.append(k)
         values.append(v)
@@ -126,7 +128,8 @@ def open_chunk(state: StreamState, params: Weights, config: CoMeTConfig) -> Stre
             seen = read_global(state.global_state[i], weights["global_memory"])
             slots = np.concatenate([seen, slots])  # [m + q, d]
         positions = np.arange(len(slots))
-        rotation = rotary_table(positions, config.backbone)
+        rotations = rotary_tables(positions, config.backbone)
+        rotation = rotations[i in config.backbone.unrotated_layers]
         row = state.keys[i], state.values[i]
         _, k, v = decoder_layer(slots, *row, positions, rotation, weights, config.backbone)
         keys.append(k)

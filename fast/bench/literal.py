@@ -16,7 +16,7 @@ from reference.config import CoMeTConfig
 from ..cells import embed
 from ..chunking import Round
 from ..global_memory import read_global, update_global
-from ..layers import Weights, decoder_layer, rotary_table, take_slots
+from ..layers import Weights, decoder_layer, rotary_tables, take_slots
 from ..rows import lay_out
 from ..state import CoMeTState
 from ..stream import new_state
@@ -69,7 +69,7 @@ def read_literal(
             row = torch.cat([*seen, queues[i], hidden], dim=1)  # [b, m + q + n, d]
             slots = row.shape[1] - hidden.shape[1]
             positions = torch.arange(row.shape[1])[None]
-            cos, sin = rotary_table(positions, backbone)
+            cos, sin = rotary_tables(positions, backbone)[i in backbone.unrotated_layers]
             rotation = cos.to(row), sin.to(row)
             positions = positions.to(row.device)
             row, _, _ = decoder_layer(row, none, none, positions, rotation, weights, backbone)

@@ -107,7 +107,7 @@ def run_layer(
 def run_layers(
     text: Array,
     row: Row,
-    rotation: Rotation,
+    rotations: tuple[Rotation, ...],
     keys: Arrays,
     values: Arrays,
     global_state: Arrays,
@@ -120,7 +120,8 @@ def run_layers(
 
     Args:
         text: [b, w] ids, the text tokens of the round.
-        row, rotation: as in `run_layer`.
+        row: as in `run_layer`.
+        rotations: `rotary_tables` of its positions.
         keys, values: per layer [b, k, p, e], the rows so far.
         global_state, queue: per layer, as in the state; empty where there is no such memory.
         recorder: what watches every layer, or None.
@@ -133,7 +134,7 @@ def run_layers(
     top = len(keys) - 1
     cells = []
     for i, weights in enumerate(params["layers"]):
-        before = hidden
+        before, rotation = hidden, rotations[i in config.backbone.unrotated_layers]
         hidden, *cell = run_layer(
             before,
             row,

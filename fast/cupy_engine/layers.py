@@ -35,6 +35,7 @@ __all__ = [
     "project_queries",
     "rms_norm",
     "rotary_table",
+    "rotary_tables",
     "rotate",
     "sigmoid",
     "silu_product",
@@ -163,6 +164,22 @@ def rotary_table(positions: np.ndarray, config: BackboneConfig, like: Array) -> 
         xp.asarray(np.cos(angles), dtype=dtype, device=where),
         xp.asarray(np.sin(angles), dtype=dtype, device=where),
     )
+
+
+def rotary_tables(
+    positions: np.ndarray, config: BackboneConfig, like: Array
+) -> tuple[Rotation, ...]:
+    """The tables that a model's layers take: layer i takes `tables[i in config.unrotated_layers]`.
+    Twin of `reference.layers.rotary_tables`.
+
+    Args:
+        positions, like: as in `rotary_table`.
+
+    Returns:
+        The table of positions; where some layers do not rotate, theirs after it.
+    """
+    standing = [positions, 0 * positions] if config.unrotated_layers else [positions]
+    return tuple(rotary_table(p, config, like) for p in standing)
 
 
 @operation

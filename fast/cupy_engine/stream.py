@@ -22,7 +22,7 @@ from ..rows import Row, count_round, lay_out
 from ..state import CoMeTState, fingerprint
 from .cells import Arrays, run_layers
 from .global_memory import read_global
-from .layers import Weights, choose, project_memory, rotary_table, take_slots
+from .layers import Weights, choose, project_memory, rotary_tables, take_slots
 
 if TYPE_CHECKING:
     from ..recorder import Recorder
@@ -100,7 +100,7 @@ def open_chunk(
     row_length = np.where(opens, memory_slots, state.row_length)
     longest = int(row_length.max())
     xp, where = array_namespace(params["norm"]), device(params["norm"])
-    rotation = rotary_table(np.arange(slots)[None], config.backbone, params["norm"])
+    rotations = rotary_tables(np.arange(slots)[None], config.backbone, params["norm"])
     flags = None if opens.all() else xp.asarray(opens[:, None, None, None], device=where)
 
     def begin(new: Array, old: Array) -> Array:
@@ -118,6 +118,7 @@ def open_chunk(
             parts.append(state.temporary_memory[i])
         # A sequence without memories yet, beside ones that have: its row begins over these slots.
         joined = xp.concat(parts, axis=1)[:, :slots, :]  # [b, m + q, d]
+        rotation = rotations[i in config.backbone.unrotated_layers]
         k, v = project_memory(joined, rotation, weights, config.backbone)
         keys.append(begin(k, state.keys[i]))
         values.append(begin(v, state.values[i]))
@@ -214,7 +215,7 @@ def run_row(
     hidden, keys, values, states, queue, memory = run_layers(
         take_slots(text, row.columns),
         row,
-        rotary_table(laid_out.positions, config.backbone, params["norm"]),
+        rotary_tables(laid_out.positions, config.backbone, params["norm"]),
         state.keys,
         state.values,
         state.global_state,

@@ -36,7 +36,7 @@ __all__ = [
     "read_backbone",
 ]
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"attention_bias": True},

@@ -98,7 +98,7 @@ MEMORY_FIELDS = (
 PUBLISHED_RANK = 8
 """Adapter rank that the published code knows."""
 
-FIXED_BACKBONE = {"qk_norm": True, "attention_bias": False}
+FIXED_BACKBONE = {"qk_norm": True, "attention_bias": False, "unrotated_layers": ()}
 FIXED_MEMORY = {
     "adapter_rank": PUBLISHED_RANK,
     "gate": "scalar",

@@ -24,7 +24,7 @@ from torch import Tensor
 from reference.config import CoMeTConfig
 from reference.parameters import named_parameters
 
-from ..checkpoints import read_training, write_training
+from ..checkpoints import of_file, read_training, write_training
 from ..files import check_writable
 from ..model import IGNORE, CoMeTModel
 from ..state import CoMeTState
@@ -100,10 +100,13 @@ class Trainer:
         if not self.checkpoint.exists():
             return
         saved = read_training(self.checkpoint)
-        own = {"config": self.model.config.to_json(), "recipe": dataclasses.asdict(self.recipe)}
+        config = self.model.config
+        own = {"config": config.to_json(), "recipe": dataclasses.asdict(self.recipe)}
         kept = (*own, "model", "optimizer", "step", "texts", "accuracy")
         if not isinstance(saved, dict) or not all(name in saved for name in kept):
             raise ValueError(f"{self.checkpoint} is not of a run; give another folder.")
+        with of_file(self.checkpoint):  # it may be from before a field of the config came
+            saved["config"] = CoMeTConfig.from_json(str(saved["config"])).to_json()
         for name, value in own.items():
             if saved[name] != value:
                 raise ValueError(
