@@ -615,7 +615,7 @@ class CoMeTModel(nn.Module):
         Args:
             source: a folder with config.json and safetensors, as Hugging Face writes it, a GGUF
                 file, or a causal language model of `transformers`: Llama, Mistral, Qwen2, Qwen3,
-                SmolLM2.
+                SmolLM2, SmolLM3.
             memory: of fresh memories; or a file that `save_memories` wrote, for those in it.
             dtype: of the weights; None is the checkpoint's, float32 for GGUF.
             device: of the weights; None is the CPU.

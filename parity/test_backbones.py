@@ -28,6 +28,7 @@ CONFIGS = {
     "mistral": transformers.MistralConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "smollm3": transformers.SmolLM3Config,
 }
 
 
@@ -50,12 +51,26 @@ def configs(draw):
     keys = draw(st.sampled_from([1, 2]))
     heads = keys * draw(st.sampled_from([1, 2]))
     width = draw(st.sampled_from([2, 4]))
+    layers = draw(st.integers(1, 3))
     free = {"head_dim": draw(st.sampled_from([width, 6]))} if family != "qwen2" else {}
+    if family == "smollm3":
+        free = {"pad_token_id": None} | draw(
+            st.one_of(
+                st.fixed_dictionaries({"no_rope_layer_interval": st.integers(1, 4)}),
+                st.fixed_dictionaries(
+                    {
+                        "no_rope_layers": st.lists(
+                            st.sampled_from([0, 1]), min_size=layers, max_size=layers
+                        )
+                    }
+                ),
+            )
+        )
     return CONFIGS[family](
         vocab_size=13,
         hidden_size=heads * width,
         intermediate_size=draw(st.sampled_from([5, 8])),
-        num_hidden_layers=draw(st.integers(1, 3)),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=keys,
         max_position_embeddings=64,
@@ -125,6 +140,7 @@ def write_gguf(path, model, quantised=False, more=None):
             "llama": gguf.MODEL_ARCH.LLAMA,
             "qwen2": gguf.MODEL_ARCH.QWEN2,
             "qwen3": gguf.MODEL_ARCH.QWEN3,
+            "smollm3": gguf.MODEL_ARCH.SMOLLM3,
         }[family],
         config.num_hidden_layers,
     )
@@ -132,7 +148,7 @@ def write_gguf(path, model, quantised=False, more=None):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         x = tensor.float().numpy()
-        if family == "llama" and (".q_proj." in name or ".k_proj." in name):
+        if family in ("llama", "smollm3") and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             x = x.reshape(heads, 2, len(x) // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
         kind = (
@@ -151,17 +167,18 @@ def write_gguf(path, model, quantised=False, more=None):
     writer.close()
 
 
-def small(family, **changes):
+def small(family, layers=2, **changes):
     """A model of transformers, in float32, whose rows GGUF can quantise."""
     config = CONFIGS[family](
         vocab_size=32,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        **({"pad_token_id": None} if family == "smollm3" else {}),
         **changes,
     )
     return random_backbone(config, 3).float()
@@ -169,10 +186,10 @@ def small(family, **changes):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quantised", [True, False])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3"])
 def test_a_gguf_file_holds_the_same_backbone(tmp_path, family, quantised, tied):
     """Quantised weights are those that transformers makes of the same file."""
-    theirs = small(family, tie_word_embeddings=tied)
+    theirs = small(family, 5 if family == "smollm3" else 2, tie_word_embeddings=tied)
     path = tmp_path / "model.gguf"
     write_gguf(path, theirs, quantised)
     model = CoMeTModel.from_backbone(path, PLAIN)
@@ -192,6 +209,9 @@ def rounded(x):
     return torch.from_numpy(
         gguf.quants.dequantize(gguf.quants.quantize(x.numpy(), kind), kind).copy()
     )
+
+
+SMOLLM3 = {"model_type": "smollm3"}
 
 
 @pytest.fixture
@@ -214,7 +234,7 @@ def saved(tmp_path):
     [
         (
             {"model_type": "mixtral"},
-            "of the type 'mixtral'; known are llama, mistral, qwen2, qwen3",
+            "of the type 'mixtral'; known are llama, mistral, qwen2, qwen3, smollm3",
         ),
         ({"model_type": "left out"}, "of the type None; known are"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu', which changes the equations; only 'silu'"),
@@ -227,6 +247,12 @@ def saved(tmp_path):
             {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types 'sliding_attention'",
         ),
+        (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers is \\[1\\]; expected a 1 or"),
+        (SMOLLM3 | {"no_rope_layers": [1, 2]}, "a 0 for each of 2 layers"),
+        (SMOLLM3 | {"no_rope_layer_interval": 0}, "config.json .*no_rope_layer_interval is 0"),
+        (SMOLLM3 | {"use_sliding_window": True}, "use_sliding_window True, which changes"),
+        (SMOLLM3 | {"attention_bias": True}, "attention_bias True, which changes"),
+        (SMOLLM3 | {"mlp_bias": True}, "mlp_bias True, which changes"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'; known are"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type \\['yarn'\\]; known are"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "turns 0.5 of each head; only whole"),
@@ -267,6 +293,7 @@ def test_a_config_with_any_field_replaced_is_read_or_refused_in_a_sentence(data,
     config |= {"sliding_window": None} if family == "mistral" else {}
     assert backbone_config(config, "config.json").hidden_size == 8
     read = ("model_type", "num_attention_heads", "head_dim", "layer_types", "rope_parameters")
+    read += ("no_rope_layers", "no_rope_layer_interval") if family == "smollm3" else ()
     name = data.draw(st.sampled_from([*read, *sorted(config)]))
     config[name] = value
     if data.draw(st.booleans()):
@@ -306,6 +333,16 @@ def test_llama_3_s_rotation_in_a_gguf_file_is_refused(tmp_path):
     write_gguf(path, small("llama"), more={"rope_freqs.weight": np.ones(8, np.float32)})
     with pytest.raises(ValueError, match="holds rope_freqs.weight, Llama 3's rotation, which is n"):
         CoMeTModel.from_backbone(path, PLAIN)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, None])
+def test_smollm3_s_unrotated_layers_may_be_told_by_their_interval(every):
+    told = {} if every is None else {"no_rope_layer_interval": every}
+    marks = transformers.SmolLM3Config(num_hidden_layers=9, **told).no_rope_layers
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 9}
+    config = backbone_config({**SMOLLM3, **sizes, "num_attention_heads": 2, **told}, "a config")
+    assert config.unrotated_layers == tuple(i for i in range(9) if not marks[i])
+    assert (config.rope_theta, config.tie_word_embeddings) == (2000000.0, True)
 
 
 def test_configs_of_transformers_4_are_read_too():

@@ -41,9 +41,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {},
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
+    "smollm3": {},
 }
 """Hugging Face's model_type -> the fields of BackboneConfig that it has whatever its config says.
 SmolLM and SmolLM2 are of the type llama."""
+
+THETAS = {"smollm3": 2000000.0}
+"""rope_theta of the families that have another than 10000 where their config does not say."""
 
 BLANKS = ("Ġ", "▁", " ")
 """How tokenizers write a single space."""
@@ -119,7 +123,8 @@ def backbone_config(data: dict[str, Any], where: Any) -> BackboneConfig:
             rms_norm_eps=data.get("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=data.get("tie_word_embeddings", False),
+            tie_word_embeddings=data.get("tie_word_embeddings", family == "smollm3"),
+            unrotated_layers=_unrotated_layers(data, where),
             **FAMILIES[family],
         )
 
@@ -149,12 +154,32 @@ def _refuse_other_equations(data: dict[str, Any], where: Any) -> None:
             )
 
 
+def _unrotated_layers(data: dict[str, Any], where: Any) -> tuple[int, ...]:
+    """Layers of SmolLM3 without rotation: those with 0 in no_rope_layers, a name that says the
+    opposite of what it holds; without that list, the last of every no_rope_layer_interval.
+    """
+    if data["model_type"] != "smollm3":
+        return ()
+    layers, marks = data["num_hidden_layers"], data.get("no_rope_layers")
+    if marks is None:
+        every = data.get("no_rope_layer_interval", 4)
+        check_count("no_rope_layer_interval", every, 1)
+        return tuple(range(every - 1, layers, every))
+    if not isinstance(marks, list) or len(marks) < layers or any(m not in (0, 1) for m in marks):
+        raise ValueError(
+            f"no_rope_layers is {shown(marks)}; expected a 1 or, for a layer that is not rotated, "
+            f"a 0 for each of {layers} layers."
+        )
+    return tuple(i for i, is_rotated in enumerate(marks[:layers]) if not is_rotated)
+
+
 def _rotation(data: dict[str, Any], where: Any) -> tuple[float, dict[str, Any] | None]:
     """rope_theta and rope_scaling: apart in transformers 4, in one dict in 5."""
     scaling = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise ValueError(f"{where} has rope_scaling {shown(scaling)}; expected an object, or null.")
-    theta = scaling.get("rope_theta", data.get("rope_theta", 10000.0))
+    usual = THETAS.get(data["model_type"], 10000.0)
+    theta = scaling.get("rope_theta", data.get("rope_theta", usual))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     share = scaling.get("partial_rotary_factor", data.get("partial_rotary_factor", 1.0))
     if not isinstance(kind, str) or kind not in ROPE_TYPES:

@@ -52,6 +52,9 @@ FIELDS = {
 """Hugging Face's field -> GGUF's, after the architecture's name."""
 
 
+PAIRED = ("llama", "smollm3")
+"""Architectures whose rows of q and k are stored in the order of llama.cpp's rotation."""
+
 LONG = ("tokenizer.ggml.merges", "tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 """Fields as long as a vocabulary that are not looked at."""
 
@@ -118,7 +121,9 @@ def read_gguf(path: Path) -> Backbone:
     if scaling != "none":
         factor = fields.get(f"{family}.rope.scaling.factor")
         data["rope_scaling"] = {"rope_type": scaling, "factor": factor}
-    config = backbone_config(data, path)
+    config = backbone_config(
+        data, path
+    )  # of SmolLM3 each fourth layer unrotated, as llama.cpp has it
     turned = fields.get(f"{family}.rope.dimension_count", config.head_dim)
     if turned != config.head_dim:
         raise ValueError(
@@ -131,7 +136,7 @@ def read_gguf(path: Path) -> Backbone:
         tensor = stored.pop(gguf_name(name))
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         weight = weight.reshape(found[tensor.name])
-        if family == "llama" and name.endswith(("q_proj", "k_proj")):
+        if family in PAIRED and name.endswith(("q_proj", "k_proj")):
             # Its rows were put in pairs (j, j + e/2) side by side.
             pairs = weight.view(-1, config.head_dim // 2, 2, config.hidden_size)
             weight = pairs.transpose(1, 2).reshape(weight.shape)
