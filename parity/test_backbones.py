@@ -12,7 +12,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast import BackboneConfig, CoMeTModel, MemoryConfig
+from fast import BackboneConfig, CoMeTModel, MemoryConfig, cells
+from fast.layers import rms_norm
 from fast.pretrained.backbones import FAMILIES, backbone_config
 
 from .assertions import assert_near
@@ -97,6 +98,20 @@ def random_backbone(config, seed):
     return model
 
 
+@contextmanager
+def layer_outputs():
+    """A list that gets what every layer gives."""
+    outputs, run_layer = [], cells.run_layer
+
+    def spy(*args):
+        result = run_layer(*args)
+        outputs.append(result[0])
+        return result
+
+    with patch.object(cells, "run_layer", spy):
+        yield outputs
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("backbones")
@@ -116,7 +131,12 @@ def test_a_backbone_computes_what_it_does_in_transformers(folder, config, seed, 
     for source in (folder, theirs):
         model = CoMeTModel.from_backbone(source, PLAIN)
         assert model.dtype == torch.float64
-        assert_near(model(ids).logits, found.logits, "logits", 1e-9)
+        with layer_outputs() as outputs:
+            assert_near(model(ids).logits, found.logits, "logits", 1e-9)
+        outputs[-1] = rms_norm(outputs[-1], model.weights["norm"], config.rms_norm_eps)
+        # Theirs begin with the embeddings, and the last is normed.
+        for i, (ours, expected) in enumerate(zip(outputs, found.hidden_states[1:], strict=True)):
+            assert_near(ours, expected, f"the output of layer {i}", 1e-9)
 
 
 def write_gguf(path, model, quantised=False, more=None):
