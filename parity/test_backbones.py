@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from fast import BackboneConfig, CoMeTModel, MemoryConfig, cells
 from fast.layers import rms_norm
 from fast.pretrained.backbones import FAMILIES, backbone_config
+from fast.pretrained.gguf import LLAMA3
+from reference.config import ROPE_TYPES
 
 from .assertions import assert_near
 from .strategies import ROPE_SCALINGS, seeds
@@ -187,7 +189,7 @@ def write_gguf(path, model, quantised=False, more=None):
     writer.close()
 
 
-def small(family, layers=2, **changes):
+def small(family, layers=2, theta=500.0, **changes):
     """A model of transformers, in float32, whose rows GGUF can quantise."""
     config = CONFIGS[family](
         vocab_size=32,
@@ -197,7 +199,7 @@ def small(family, layers=2, **changes):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         **({"pad_token_id": None} if family == "smollm3" else {}),
         **changes,
     )
@@ -348,10 +350,48 @@ def test_a_tokenizer_without_a_vocabulary_by_name_is_left_alone(saved, text):
     CoMeTModel.from_backbone(folder, PLAIN)
 
 
-def test_llama_3_s_rotation_in_a_gguf_file_is_refused(tmp_path):
+def stored_divisors(scaling, theta, width):
+    """What llama.cpp's converter stores of Llama 3's rotation: it goes by wavelengths, in float32."""
+    frequencies = 1 / theta ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    waves = 2 * np.pi / frequencies.astype(np.float32)
+    factor, low, high, context = (scaling[name] for name in ROPE_TYPES["llama3"])
+    share = (context / waves - low) / (high - low)
+    blended = 1 / ((1 - share) / factor + share)
+    found = np.where(waves < context / high, 1, np.where(waves > context / low, factor, blended))
+    return found.astype(np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_s_rotation_is_read_from_a_gguf_file(tmp_path, factor):
+    """Its frequencies are stored as what they are divided by, some of them blended."""
+    theirs = small("llama", theta=500000.0)
+    scaling, path = {**LLAMA3, "factor": factor}, tmp_path / "model.gguf"
+    divisors = stored_divisors(scaling, np.float32(500000.0), 16)
+    assert ((divisors > 1) & (divisors < factor)).any()
+    write_gguf(path, theirs, more={"rope_freqs.weight": divisors})
+    theirs.config.rope_parameters = {**scaling, "rope_theta": 500000.0}
+    expected = CoMeTModel.from_backbone(theirs, PLAIN)
+    assert CoMeTModel.from_backbone(path, PLAIN).config == expected.config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:-1],
+        lambda x: x * (1 + 1e-4 * (np.arange(len(x)) == 4)),
+        lambda x: x + np.nan,
+        lambda x: x[::-1],
+        lambda x: stored_divisors(
+            {**LLAMA3, "factor": 8.0} | {"low_freq_factor": 2.0}, 500000.0, 16
+        ),
+    ],
+    ids=["short", "changed", "NaN", "turned", "other"],
+)
+def test_another_rotation_in_a_gguf_file_is_refused(tmp_path, change):
     path = tmp_path / "model.gguf"
-    write_gguf(path, small("llama"), more={"rope_freqs.weight": np.ones(8, np.float32)})
-    with pytest.raises(ValueError, match="holds rope_freqs.weight, Llama 3's rotation, which is n"):
+    divisors = change(stored_divisors({**LLAMA3, "factor": 8.0}, 500000.0, 16)).astype(np.float32)
+    write_gguf(path, small("llama", theta=500000.0), more={"rope_freqs.weight": divisors})
+    with pytest.raises(ValueError, match="holds rope_freqs.weight that is not Llama 3's|factor"):
         CoMeTModel.from_backbone(path, PLAIN)
 
 

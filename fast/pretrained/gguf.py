@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from reference.config import BackboneConfig
+from reference.layers import rotary_frequencies
 
 from .backbones import BLANKS, Backbone, backbone_config, check_tensors
 
@@ -52,6 +56,17 @@ FIELDS = {
 """Hugging Face's field -> GGUF's, after the architecture's name."""
 
 
+DIVISORS = "rope_freqs.weight"
+"""What the rotary frequencies are divided by: Llama 3's rotation, [e / 2]."""
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""The rotation of all of Llama 3.1, 3.2 and 3.3, but for its factor, the largest of `DIVISORS`."""
+
 PAIRED = ("llama", "smollm3")
 """Architectures whose rows of q and k are stored in the order of llama.cpp's rotation."""
 
@@ -62,6 +77,19 @@ LONG = ("tokenizer.ggml.merges", "tokenizer.ggml.scores", "tokenizer.ggml.token_
 def _plain(value: Any) -> Any:
     """A field's value; numbers are stored as float32, whose shortest form is what was meant."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _check_divisors(divisors: np.ndarray, config: BackboneConfig, path: Path) -> None:
+    """Raise ValueError unless a config divides the rotary frequencies by what the file stores, whose
+    own frequencies were float32.
+    """
+    plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
+    ours = plain / rotary_frequencies(config)
+    if divisors.shape != ours.shape or not np.allclose(divisors, ours, rtol=1e-5, atol=0):
+        raise ValueError(
+            f"{path} holds {DIVISORS} that is not Llama 3's of {LLAMA3}, and no other is known; take "
+            "that model's folder of safetensors."
+        )
 
 
 def gguf_name(name: str) -> str:
@@ -101,11 +129,6 @@ def read_gguf(path: Path) -> Backbone:
     family = fields.get("general.architecture")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in stored.items()}
-    if "rope_freqs.weight" in found:
-        raise ValueError(
-            f"{path} holds rope_freqs.weight, Llama 3's rotation, which is not read from this "
-            "format; take that model's folder of safetensors."
-        )
     data: dict[str, Any] = {
         name: fields[f"{family}.{theirs}"]
         for name, theirs in FIELDS.items()
@@ -121,9 +144,15 @@ def read_gguf(path: Path) -> Backbone:
     if scaling != "none":
         factor = fields.get(f"{family}.rope.scaling.factor")
         data["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+    divisors = None
+    if family == "llama" and scaling == "none" and found.pop(DIVISORS, None):
+        divisors = np.asarray(stored.pop(DIVISORS).data, np.float64)
+        data["rope_scaling"] = LLAMA3 | {"factor": float(divisors.max(initial=0))}
     config = backbone_config(
         data, path
     )  # of SmolLM3 each fourth layer unrotated, as llama.cpp has it
+    if divisors is not None:
+        _check_divisors(divisors, config, path)
     turned = fields.get(f"{family}.rope.dimension_count", config.head_dim)
     if turned != config.head_dim:
         raise ValueError(
