@@ -85,7 +85,7 @@ def _check_divisors(divisors: np.ndarray, config: BackboneConfig, path: Path) ->
     """
     plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
     ours = plain / rotary_frequencies(config)
-    if divisors.shape != ours.shape or not np.allclose(divisors, ours, rtol=1e-5, atol=0):
+    if divisors.shape != ours.shape or not np.allclose(divisors, ours, rtol=1e-6, atol=0):
         raise ValueError(
             f"{path} holds {DIVISORS} that is not Llama 3's of {LLAMA3}, and no other is known; take "
             "that model's folder of safetensors."
