@@ -77,13 +77,17 @@ def update_global(
 
 
 def read_global(state: Tensor, weights: Weights) -> Tensor:
-    """What the next chunk sees: G = adapter_g(S). Twin of `reference.global_memory.read_global`.
+    """What the next chunk sees: G = adapter_g(S), after the sink where there is one. Twin of
+    `reference.global_memory.read_global`.
 
     Args:
         state: [b, m, d].
-        weights: "adapter_down" [rank, d], "adapter_up" [d, rank].
+        weights: "adapter_down" [rank, d], "adapter_up" [d, rank], and "sink" [d] where configured.
 
     Returns:
-        [b, m, d].
+        [b, m, d], or [b, 1 + m, d] with a sink.
     """
-    return adapter(state, weights)
+    read = adapter(state, weights)
+    if "sink" not in weights:
+        return read
+    return torch.cat([weights["sink"].expand(len(read), 1, -1), read], dim=1)

@@ -72,7 +72,8 @@ class RecordedRound:
 
     attention: list[np.ndarray] = field(default_factory=list)
     """[b, h, w, 4] the attention of each query head of each text token of the round on the first
-    four of `rows.KINDS`, summed over their slots; they add up to 1. NaN in padding."""
+    four of `rows.KINDS`, summed over their slots; they add up to 1. A sink is counted with the
+    global memory. NaN in padding."""
 
 
 class Recorder:

@@ -30,7 +30,8 @@ Index = Any
 """An integer array: NumPy's where it is laid out, a device's after `Row.map`."""
 
 KINDS = ("global", "temporary", "text", "compression", "readout")
-"""What a slot of a row holds, by number, in the order in which they stand there first."""
+"""What a slot of a row holds, by number, in the order in which they stand there first. A sink counts
+as global."""
 
 NEVER = 2**40
 """A stride longer than any chunk: no group is ever full."""
@@ -209,7 +210,7 @@ def slot_kinds(state: CoMeTState, plan: Round, memory: MemoryConfig) -> np.ndarr
     stride = memory.compression_stride or NEVER
     old, tokens = state.open_tokens, state.open_tokens + plan.take
     memory_slots = state.row_length - old - np.maximum(old - 1, 0) // stride  # 0 in a closed row
-    global_slots = np.minimum((state.chunks > 0) * memory.global_memory_size, memory_slots)
+    global_slots = np.minimum((state.chunks > 0) * memory.global_slots, memory_slots)
     laid = tokens + np.maximum(tokens - 1, 0) // stride
     ends = np.cumsum(
         [

@@ -418,7 +418,7 @@ class CoMeTState:
         """
         groups = np.maximum(self.open_tokens - 1, 0) // (memory.compression_stride or NEVER)
         begun = self.row_length - self.open_tokens - groups  # memory slots
-        queue = begun - (self.chunks > 0) * memory.global_memory_size
+        queue = begun - (self.chunks > 0) * memory.global_slots
         most = memory.temporary_memory_size * memory.has_temporary
         fits = (queue >= 0) & (queue <= most)
         fits &= np.minimum(queue + groups, most) == self.queue_length

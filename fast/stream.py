@@ -129,7 +129,7 @@ def open_chunk(
     if opens is None:
         opens = np.ones(state.batch_size, dtype=bool)
     has_state = state.chunks > 0
-    memory_slots = has_state * config.memory.global_memory_size + state.queue_length  # [b]
+    memory_slots = has_state * config.memory.global_slots + state.queue_length  # [b]
     slots = int(memory_slots[opens].max())
     if slots == 0:
         return state

@@ -193,6 +193,24 @@ FAULTS = {
         "",
         "test_state::test_a_field_that_came_later_leaves_old_states_what_they_were",
     ),
+    "a sink after the memory": (
+        "global_memory.py",
+        'torch.cat([weights["sink"].expand(len(read), 1, -1), read], dim=1)',
+        'torch.cat([read, weights["sink"].expand(len(read), 1, -1)], dim=1)',
+        "test_global_memory::test_propose_gate_and_read",
+    ),
+    "a sink that is not counted among a row's slots": (
+        "stream.py",
+        "has_state * config.memory.global_slots",
+        "has_state * config.memory.global_memory_size",
+        "test_stream::test_every_call_leaves_the_reference_s_state",
+    ),
+    "a sink taken for an entry of the queue": (
+        "rows.py",
+        "(state.chunks > 0) * memory.global_slots",
+        "(state.chunks > 0) * memory.global_memory_size",
+        "test_recorder::test_what_is_recorded_is_what_the_reference_computes",
+    ),
     "memory slots at positions of their own": (
         "stream.py",
         "_rotations(np.arange(slots)[None]",

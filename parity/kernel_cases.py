@@ -236,6 +236,8 @@ def updates(draw: st.DrawFn, gate: str, dtypes: tuple[str, ...] = DTYPES) -> Cas
     }
     if numbers.rng.random() < 0.5:
         weights["gate_bias"] = numbers.normal(rows)
+    if numbers.rng.random() < 0.5:
+        weights["sink"] = numbers.normal(d)
     scale = draw(st.sampled_from([1e-3, 1.0]))
     readout, state = numbers.normal(b, m, d, scale=scale), numbers.normal(b, m, d)
     r = draw(st.sampled_from([1, b]))
@@ -253,7 +255,7 @@ def updates(draw: st.DrawFn, gate: str, dtypes: tuple[str, ...] = DTYPES) -> Cas
         new.append(updated if closing else wide(state[i]))
 
     def compare(found, memory):
-        expected = global_memory.read_global(wide(found), weights64)
+        expected = np.stack([global_memory.read_global(s, weights64) for s in wide(found)])
         return [("update_global", found, np.stack(new)), ("adapter", memory, expected)]
 
     return Case(

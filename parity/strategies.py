@@ -61,9 +61,10 @@ def backbones(draw: st.DrawFn) -> BackboneConfig:
 def memories(draw: st.DrawFn) -> MemoryConfig:
     """Every regime: each memory on and off, the queue smaller and larger than a chunk's entries,
     a stride that divides the chunk, does not, and exceeds it."""
+    slots = draw(st.sampled_from([0, 1, 2, 3]))
     return MemoryConfig(
         chunk_size=draw(st.integers(1, 7)),
-        global_memory_size=draw(st.sampled_from([0, 1, 2, 3])),
+        global_memory_size=slots,
         temporary_memory_size=draw(st.sampled_from([1, 2, 3, 5, 40])),
         compression_stride=draw(st.sampled_from([0, 1, 2, 3, 9])),
         adapter_rank=draw(st.sampled_from([1, 2])),
@@ -73,6 +74,7 @@ def memories(draw: st.DrawFn) -> MemoryConfig:
         trailing_compression=draw(st.sampled_from([True, True, False])),
         global_norm_eps=draw(st.sampled_from([None, 1e-3])),
         temporary_norm_eps=draw(st.sampled_from([1e-12, 1e-3])),
+        sink_slot=slots > 0 and draw(st.booleans()),
     )
 
 

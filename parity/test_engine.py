@@ -133,10 +133,13 @@ def test_attention_over_ragged_rows(home, seed, heads, past, n):
     bias=st.booleans(),
     saturation=st.sampled_from([1.0, 0.95, 0.3]),
     first=st.booleans(),
+    sink=st.booleans(),
 )
-def test_global_memory(home, seed, kind, bias, saturation, first):
+def test_global_memory(home, seed, kind, bias, saturation, first, sink):
     rng, d, m = np.random.default_rng(seed), 4, 3
-    config = MemoryConfig(4, m, 1, 0, gate=kind, gate_bias=bias, gate_saturation=saturation)
+    config = MemoryConfig(
+        4, m, 1, 0, gate=kind, gate_bias=bias, gate_saturation=saturation, sink_slot=sink
+    )
     backbone = BackboneConfig(VOCAB, d, 3, 1, 1, 1, 2)
     w = random_weights(CoMeTConfig(backbone, config), seed)["layers"][0]["global_memory"]
     readout, state = normal(rng, 2, m, d), normal(rng, 2, m, d)

@@ -18,7 +18,7 @@ from .strategies import seeds
 D, M = 4, 3
 
 
-def weights(rng, kind, bias, scale=0.7):
+def weights(rng, kind, bias, scale=0.7, sink=False):
     gates = 1 if kind == "scalar" else D
     w = {
         "norm": rng.uniform(0.5, 1.5, D),
@@ -28,6 +28,8 @@ def weights(rng, kind, bias, scale=0.7):
     }
     if bias:
         w["gate_bias"] = rng.normal(0, 2, gates)
+    if sink:
+        w["sink"] = rng.normal(0, 2, D)
     return w
 
 
@@ -35,10 +37,10 @@ kinds = st.sampled_from(GATES)
 saturations = st.sampled_from([1.0, 0.95, 0.3])
 
 
-@given(seeds, kinds, st.booleans(), saturations)
-def test_propose_gate_and_read(seed, kind, bias, saturation):
+@given(seeds, kinds, st.booleans(), saturations, st.booleans())
+def test_propose_gate_and_read(seed, kind, bias, saturation, sink):
     rng = np.random.default_rng(seed)
-    w = weights(rng, kind, bias)
+    w = weights(rng, kind, bias, sink=sink)
     tw = tensors(w, torch.float64)
     x, s = rng.normal(0, 2, (2, M, D)), rng.normal(0, 2, (2, M, D))
     for eps in (None, 1e-3):
@@ -50,7 +52,12 @@ def test_propose_gate_and_read(seed, kind, bias, saturation):
         "g",
         tensor(x),
     )
-    assert_twin(fast.read_global(tensor(s), tw), spec.read_global(s, w), "G", tensor(s))
+    read = np.stack([spec.read_global(x, w) for x in s])
+    assert_twin(fast.read_global(tensor(s), tw), read, "G", tensor(s))
+    if sink:
+        assert np.array_equal(read[:, 0], [w["sink"]] * 2), (
+            "the sink is as it was learned, in front"
+        )
 
 
 @given(seeds, kinds, st.booleans(), saturations, st.booleans())

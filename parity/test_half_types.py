@@ -50,12 +50,13 @@ EPSILON = float(np.finfo(np.float32).eps)
 
 def small_config(seed):
     """Every kind of backbone and gate, wide enough that single errors average out."""
-    kind = [bool(seed >> bit & 1) for bit in range(4)]
+    kind = [bool(seed >> bit & 1) for bit in range(5)]
     return CoMeTConfig(
         BackboneConfig(VOCAB, 32, 48, 1, 4, 2, 8, qk_norm=kind[0], attention_bias=kind[1]),
         MemoryConfig(
             chunk_size=4,
             global_memory_size=12,
+            sink_slot=kind[4],
             temporary_memory_size=20,
             compression_stride=2,
             adapter_rank=4,

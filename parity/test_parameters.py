@@ -117,6 +117,11 @@ def test_a_bad_backbone_says_what_is_wrong(changes, match):
         ({"gate_saturation": 0.0}, "gate_saturation is 0.0"),
         ({"global_norm_eps": -1.0}, "global_norm_eps is -1.0"),
         ({"adapter_rank": 0}, "adapter_rank is 0"),
+        (
+            {"sink_slot": True, "global_memory_size": 0},
+            "sink_slot is True with global_memory_size 0",
+        ),
+        ({"sink_slot": 1}, "sink_slot is 1; expected True or False"),
     ],
 )
 def test_a_bad_memory_says_what_is_wrong(changes, match):

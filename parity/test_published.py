@@ -93,6 +93,7 @@ def test_what_the_published_code_does_not_know_is_not_written(tmp_path, make_con
             {"adapter_rank": 8, "trailing_compression": False},
             "memory.trailing_compression is False",
         ),
+        ({}, {"adapter_rank": 8, "sink_slot": True}, "memory.sink_slot is True"),
         ({"qk_norm": False}, {"adapter_rank": 8}, "backbone.qk_norm is False"),
         ({"attention_bias": True}, {"adapter_rank": 8}, "backbone.attention_bias is True"),
         ({"unrotated_layers": (0,)}, {"adapter_rank": 8}, "backbone.unrotated_layers is \\(0,\\)"),
@@ -115,7 +116,7 @@ OTHERS = {
         "chunk_size": 5, "global_memory_size": 0, "temporary_memory_size": 7,
         "compression_stride": 0, "adapter_rank": 4, "gate": "vector", "gate_bias": True,
         "gate_saturation": 0.9, "trailing_compression": False, "global_norm_eps": 1e-3,
-        "temporary_norm_eps": 1e-3,
+        "temporary_norm_eps": 1e-3, "sink_slot": True,
     },
 }  # fmt: skip
 """For every field of a config a value that is not the test model's."""

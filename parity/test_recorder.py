@@ -52,7 +52,7 @@ class Watched:
             yield
 
     def open_chunk(self, state, *args):
-        held = self.config.memory.global_memory_size if state.global_state else 0
+        held = self.config.memory.global_slots if state.global_state else 0
         self.kind = None
         state = self.originals["open_chunk"](state, *args)
         self.row = [0] * held + [1] * (state.row_length - held)

@@ -247,6 +247,7 @@ OTHER = {
     "trailing_compression": False,
     "global_norm_eps": 1e-3,
     "temporary_norm_eps": 1e-3,
+    "sink_slot": True,
 }
 """Another value of every field, than `make_config` has."""
 

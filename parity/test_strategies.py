@@ -64,6 +64,9 @@ CORNERS = {
     "layers without rotation beside others": lambda c: (
         0 < len(c[0].backbone.unrotated_layers) < c[0].backbone.num_hidden_layers
     ),
+    "a sink before a memory of several chunks": lambda c: (
+        c[0].memory.sink_slot and len(c[2]) > 2 * chunk(c)
+    ),
     "tied": lambda c: c[0].backbone.tie_word_embeddings,
     "scaled positions": lambda c: c[0].backbone.rope_scaling is not None,
 }  # fmt: skip

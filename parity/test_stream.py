@@ -63,7 +63,7 @@ def test_memory_does_not_grow_with_the_text(case):
     memory, backbone = config.memory, config.backbone
     entries = -(-memory.chunk_size // memory.compression_stride) if memory.has_temporary else 0
     queue = memory.temporary_memory_size if memory.has_temporary else 0
-    row = memory.global_memory_size + queue + memory.chunk_size + entries
+    row = memory.global_slots + queue + memory.chunk_size + entries
     slots = memory.global_memory_size + queue
     width = 2 * backbone.num_key_value_heads * backbone.head_dim
     bound = 8 * backbone.num_hidden_layers * (slots * backbone.hidden_size + row * width)

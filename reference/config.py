@@ -102,10 +102,11 @@ MEMORY_CHECKS: dict[str, Check] = {
     "trailing_compression": _FLAG,
     "global_norm_eps": _optional(_number(0.0)),
     "temporary_norm_eps": _number(0.0),
+    "sink_slot": _FLAG,
 }
 
 
-LATER: dict[str, Any] = {"unrotated_layers": []}
+LATER: dict[str, Any] = {"unrotated_layers": [], "sink_slot": False}
 """Fields that came after saved states and checkpoints did, and what held before, as `to_dict` has
 it. With that value a config is the one that it was, and a file that lacks the field means it."""
 
@@ -227,6 +228,11 @@ class MemoryConfig:
     temporary_norm_eps: float = 1e-12
     """Added to the mean square in the norm of the temporary memory's entries."""
 
+    sink_slot: bool = False
+    """Whether one more slot, learned and the same in every chunk, stands before the global memory
+    where a row begins with it. Pretrained models give their first position much attention for
+    nothing; this slot can take it. Ours: neither paper nor published code has one."""
+
     def __post_init__(self) -> None:
         _check_fields(self, MEMORY_CHECKS)
         _require(
@@ -235,11 +241,21 @@ class MemoryConfig:
             f"{self.compression_stride}; give the queue at least one slot, or turn it off with "
             "compression_stride=0.",
         )
+        _require(
+            not self.sink_slot or self.has_global,
+            "sink_slot is True with global_memory_size 0; it stands before the global memory, so "
+            "give that at least one slot, or leave it out.",
+        )
 
     @property
     def has_global(self) -> bool:
         """Whether there is a global memory."""
         return self.global_memory_size > 0
+
+    @property
+    def global_slots(self) -> int:
+        """Slots that a row begins with where there is a global state: G's, the sink among them."""
+        return self.global_memory_size + self.sink_slot
 
     @property
     def has_temporary(self) -> bool:

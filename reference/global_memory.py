@@ -3,7 +3,7 @@
 candidate = rms_norm(R')
 g         = min(1, sigmoid(W_g [candidate ; S_t] + b_g) / saturation)
 S_{t+1}   = g * S_t + (1 - g) * candidate
-G_{t+1}   = adapter_g(S_{t+1})
+G_{t+1}   = [sink | adapter_g(S_{t+1})]                     the sink only with `sink_slot`
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ def update_global(
 
 
 def read_global(state: Array, weights: Weights) -> Array:
-    """What the next chunk sees: G_{t+1} = adapter_g(S_{t+1}).
+    """What the next chunk sees: G_{t+1} = adapter_g(S_{t+1}), after the sink where there is one.
 
     Args:
         state: [m, d], S.
-        weights: "adapter_down" [rank, d], "adapter_up" [d, rank].
+        weights: "adapter_down" [rank, d], "adapter_up" [d, rank], and "sink" [d] where configured.
 
     Returns:
-        [m, d].
+        [m, d], or [1 + m, d] with a sink.
     """
-    return adapter(state, weights)
+    read = adapter(state, weights)
+    return np.concatenate([weights["sink"][None], read]) if "sink" in weights else read

@@ -45,6 +45,8 @@ def shapes(config: CoMeTConfig) -> dict[str, Any]:
         layer["global_memory"] = {"norm": (d,), "gate": (gates, 2 * d), **adapter}
         if mem.gate_bias:
             layer["global_memory"]["gate_bias"] = (gates,)
+        if mem.sink_slot:
+            layer["global_memory"]["sink"] = (d,)
     if mem.has_temporary:
         layer["temporary_memory"] = {"norm": (d,), **adapter}
 

@@ -185,7 +185,7 @@ def chunk_work(config: CoMeTConfig) -> float:
         backbone.num_key_value_heads,
         backbone.num_hidden_layers,
     )
-    slots = memory.global_memory_size + memory.temporary_memory_size
+    slots = memory.global_slots + memory.temporary_memory_size
     kept = -(-memory.chunk_size // memory.compression_stride) + memory.global_memory_size
     rows = memory.chunk_size + kept
     key_value = 2 * 2 * d * k * e

@@ -74,7 +74,7 @@ def update_global(
             None is 1 for all.
 
     Returns:
-        S_{t+1} and G_{t+1} = adapter_g(S_{t+1}), each [b, m, d].
+        S_{t+1}, [b, m, d], and G_{t+1}, see `read_global`.
     """
     candidate = propose(readout, weights, config.global_norm_eps)
     if state is None:
@@ -89,13 +89,17 @@ def update_global(
 
 
 def read_global(state: Array, weights: Weights) -> Array:
-    """What the next chunk sees: G = adapter_g(S). Twin of `reference.global_memory.read_global`.
+    """What the next chunk sees: G = adapter_g(S), after the sink where there is one. Twin of
+    `reference.global_memory.read_global`.
 
     Args:
         state: [b, m, d].
-        weights: "adapter_down" [rank, d], "adapter_up" [d, rank].
+        weights: "adapter_down" [rank, d], "adapter_up" [d, rank], and "sink" [d] where configured.
 
     Returns:
-        [b, m, d].
+        [b, m, d], or [b, 1 + m, d] with a sink.
     """
-    return adapter(state, weights)
+    xp, (b, _, d), read = array_namespace(state), state.shape, adapter(state, weights)
+    if "sink" not in weights:
+        return read
+    return xp.concat([xp.broadcast_to(weights["sink"][None, None, :], (b, 1, d)), read], axis=1)

@@ -93,7 +93,7 @@ def open_chunk(
     if opens is None:
         opens = np.ones(state.batch_size, dtype=bool)
     has_state = state.chunks > 0
-    memory_slots = has_state * config.memory.global_memory_size + state.queue_length  # [b]
+    memory_slots = has_state * config.memory.global_slots + state.queue_length  # [b]
     slots = int(memory_slots[opens].max())
     if slots == 0:
         return state
@@ -143,7 +143,7 @@ class Reading:
     """Where the streams stand after it."""
 
     memory: Arrays
-    """Per layer [b, m, d], the global memory that the next chunk sees; empty where no chunk closed,
+    """Per layer G, the global memory that the next chunk sees; empty where no chunk closed,
     so that it is what it was."""
 
     def last(self, previous: Array | None) -> Array | None:

@@ -107,6 +107,7 @@ FIXED_MEMORY = {
     "trailing_compression": True,
     "global_norm_eps": None,
     "temporary_norm_eps": 1e-12,
+    "sink_slot": False,
 }
 """What the published code goes by, in fields that its config has no place for."""
 

@@ -312,7 +312,7 @@ def update_global(
             None is 1 for all.
 
     Returns:
-        S' and G' = adapter_g(S'), each [b, m, d].
+        S' [b, m, d], and G' = adapter_g(S'), the same or, after a sink, [b, 1 + m, d].
 
     Raises:
         ValueError: the rank is too large.
@@ -325,7 +325,7 @@ def update_global(
         )
     new, memory = np.empty_like(readout, order="C"), np.empty_like(readout, order="C")
     if not readout.size:
-        return new, memory
+        return new, _after_sink(memory, weights)
     ones = np.ones_like(readout, dtype=np.int64, shape=(1, 1))
     has_state = ones * (state is not None) if has_state is None else _integers(has_state)
     closes = ones if closes is None else _integers(closes)
@@ -348,7 +348,15 @@ def update_global(
         logits = (joined @ gate.T).astype(readout.dtype, copy=False)
         args = (state, candidate, logits, bias, *adapters, *outputs, saturation)
     _launch(kernel, readout, (b * m,), _threads(d), args)
-    return new, memory
+    return new, _after_sink(memory, weights)
+
+
+def _after_sink(memory: Array, weights: Any) -> Array:
+    """[b, m, d], after the sink where there is one."""
+    if "sink" not in weights:
+        return memory
+    b, _, d = memory.shape
+    return np.concatenate([np.broadcast_to(weights["sink"], (b, 1, d)), memory], axis=1)
 
 
 def _rows(flags: Array, rows: int) -> Array:
