@@ -492,6 +492,31 @@ def test_new_memories_disturb_a_backbone_little(tmp_path):
     )
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_sink_starts_as_a_space_at_the_start_of_a_text(tmp_path, family):
+    """What goes into each layer there; nothing else starts otherwise for it, and it learns."""
+    theirs = small(family, 3, **({"sliding_window": None} if family == "mistral" else {}))
+    theirs.save_pretrained(tmp_path)
+    memory = {"chunk_size": 4, "global_memory_size": 2, "compression_stride": 2}
+    for blank in (5, 0):
+        if blank:
+            (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"▁": blank}}}))
+        else:
+            (tmp_path / "tokenizer.json").unlink()
+        with torch.no_grad():
+            expected = theirs(torch.tensor([[blank]]), output_hidden_states=True).hidden_states
+        model = CoMeTModel.from_backbone(tmp_path, MemoryConfig(**memory, sink_slot=True))
+        for i, layer in enumerate(model.weights["layers"]):
+            assert_near(layer["global_memory"]["sink"], expected[i][0, 0], f"sink {i}", 1e-5)
+        without = CoMeTModel.from_backbone(tmp_path, MemoryConfig(**memory))
+        named = dict(model.named_parameters())
+        assert all(torch.equal(named[name], p) for name, p in without.named_parameters())
+        assert len(named) == len(list(without.parameters())) + 3
+        ids = torch.arange(20)[None]
+        model(ids, labels=ids).loss.backward()
+        assert all(layer["global_memory"]["sink"].grad.any() for layer in model.weights["layers"])
+
+
 def test_weights_come_in_the_dtype_that_is_asked_for(saved):
     model = CoMeTModel.from_backbone(saved(), PLAIN, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

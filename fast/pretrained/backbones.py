@@ -22,6 +22,8 @@ from reference.parameters import map_parameters, named_parameters, shapes
 from ..arrays import shown
 from ..checkpoints import CONFIG, of_file, read_json, read_tensors
 from ..inputs import check_count
+from ..recorder import Recorder
+from ..stream import new_state, read
 from .published import LAYER_NAMES, TOP_NAMES
 
 __all__ = [
@@ -51,6 +53,9 @@ THETAS = {"smollm3": 2000000.0}
 
 BLANKS = ("Ġ", "▁", " ")
 """How tokenizers write a single space."""
+
+NO_MEMORY = MemoryConfig(global_memory_size=0, compression_stride=0)
+"""A backbone alone, whose chunk is closed and forgotten."""
 
 NEEDED = (
     "vocab_size",
@@ -260,8 +265,7 @@ def _backbone(
 
 def backbone_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:
     """Our names and the shapes of a backbone's weights, which are all but the memories' own."""
-    none = MemoryConfig(global_memory_size=0, compression_stride=0)
-    return named_parameters(shapes(CoMeTConfig(config, none)))
+    return named_parameters(shapes(CoMeTConfig(config, NO_MEMORY)))
 
 
 def check_tensors(
@@ -294,14 +298,37 @@ def check_tensors(
             raise ValueError(f"{name} has shape {found[name]}, {where} says {shape}.")
 
 
+class _Inputs(Recorder):
+    """Keeps what goes into each layer at a text's first token, [d] each."""
+
+    def begin(self, *_: Any, **__: Any) -> None:
+        """Start a round, the only one."""
+        self.found: list[Tensor] = []
+
+    def layer(self, before: Tensor, *_: Any, **__: Any) -> None:
+        """Record one layer."""
+        self.found.append(before[0, 0].clone())
+
+
+def _first_inputs(token: int, weights: dict[str, Any], config: BackboneConfig) -> list[Tensor]:
+    """What goes into each layer of a backbone where a token is the whole text, [d] each."""
+    plain, inputs = CoMeTConfig(config, NO_MEMORY), _Inputs()
+    state = new_state(plain, weights["norm"].dtype)
+    with torch.no_grad():
+        for _ in read(torch.tensor([[token]]), state, weights, plain, recorder=inputs):
+            pass
+    return inputs.found
+
+
 def plug_in(
     backbone: Backbone, memory: MemoryConfig, dtype: torch.dtype | None, seed: int
 ) -> tuple[CoMeTConfig, dict[str, Any]]:
     """A model of a backbone and fresh memories.
 
     What is new starts so that the backbone is disturbed little: compression tokens as a space,
-    readout tokens at N(0, 0.02), all different, adapters that add nothing. Norms start at one,
-    biases at zero, the rest at N(0, 0.02).
+    readout tokens at N(0, 0.02), all different, adapters that add nothing. A sink starts as what goes
+    into its layer where a space, or else token 0, is all there is. Norms start at one, biases at
+    zero, the rest at N(0, 0.02).
 
     Args:
         memory: the memories to add.
@@ -334,10 +361,15 @@ def plug_in(
         leaf = name.rpartition(".")[2]
         if name == "compression_embedding" and blank is not None:
             return table[blank].to(dtype).clone()
-        if leaf == "adapter_up" or leaf.endswith("bias"):
+        if leaf in ("adapter_up", "sink") or leaf.endswith("bias"):
             return torch.zeros(shape, dtype=dtype)
         if leaf == "norm":
             return torch.ones(shape, dtype=dtype)
         return torch.from_numpy(rng.normal(0.0, 0.02, shape)).to(dtype)
 
-    return config, map_parameters(start, shapes(config))
+    weights = map_parameters(start, shapes(config))
+    if memory.sink_slot:  # the backbone is there by now
+        sinks = _first_inputs(blank or 0, weights, backbone.config)
+        for layer, sink in zip(weights["layers"], sinks, strict=True):
+            layer["global_memory"]["sink"] = sink
+    return config, weights
