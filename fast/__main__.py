@@ -20,7 +20,8 @@ from reference.config import MemoryConfig
 from . import reading, watch
 from .bench import devices as bench_devices
 from .bench import report as bench_report
-from .files import atomic_write, check_writable
+from .bench import starts
+from .files import atomic_write, check_regular, check_writable
 from .inputs import MOST, check_count
 from .machine import keep_memory, machine, threads
 from .model import CoMeTModel
@@ -103,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
                          metavar="N", help="texts of prose (default: %(default)s)")  # fmt: skip
     compare.add_argument("--out", type=Path, help="folder for results and a picture")
     compare.set_defaults(run=_compare)
+    begin = tasks.add_parser("starts", help="compare how the memories of a pretrained model may start",
+                             description=starts.__doc__)  # fmt: skip
+    begin.add_argument("--document", type=Path, required=True, help="a text file, in UTF-8")
+    begin.add_argument("--windows", type=int, default=20, metavar="N", help="parts of the text to "
+                       "read (default: %(default)s)")  # fmt: skip
+    begin.set_defaults(run=_starts)
 
     bench = commands.add_parser("bench", help="measure speed and memory, side by side")
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
@@ -128,9 +135,10 @@ def _parser() -> argparse.ArgumentParser:
                              "%(default)s)")  # fmt: skip
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--threads", type=int, help="threads to compute with (default: all)")
-    for command in (adapt, compare):
+    for command in (adapt, compare, begin):
         command.add_argument("--backbone", type=Path, required=True, metavar="SOURCE", help="a "
-                             "pretrained model's folder or GGUF file")  # fmt: skip
+                             "pretrained model's folder or GGUF file, with its tokenizer")  # fmt: skip
+    for command in (adapt, compare):
         command.add_argument("--document", type=Path, nargs="+", required=True, metavar="FILE",
                              help="prose; the last tenth of each is kept from training, and read "
                              "by `eval`")  # fmt: skip
@@ -243,7 +251,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _needed(args: argparse.Namespace) -> list[str]:
     """Packages of the extra `commands` that a command uses, matplotlib only where it draws."""
-    if args.command in ("watch", "ask"):
+    if args.command in ("watch", "ask") or getattr(args, "task", None) == "starts":
         return []
     if args.command == "train":
         return ["tqdm"]
@@ -326,6 +334,19 @@ def _watch(args: argparse.Namespace) -> None:
         print(f"http://{watch.HOST}:{server.server_port}/ until Ctrl+C", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
+
+
+def _starts(args: argparse.Namespace) -> None:
+    check_regular(args.document)
+    try:
+        text = args.document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.document} is no text in UTF-8 ({error}).") from error
+    results = []
+    for result in starts.measure_starts(args.backbone, text, args.windows):
+        results.append(result)
+        print(starts.table(results).splitlines()[-1], flush=True)
+    print(f"\n{starts.table(results)}")
 
 
 def _train(args: argparse.Namespace) -> None:

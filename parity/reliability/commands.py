@@ -37,8 +37,22 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--lengths": NUMBERS_IN_WORDS,
         "--processes": NUMBERS_IN_WORDS,
     },
-    "eval": {
-        "": ("passkey", "no task", ""),
+    "eval": {"": ("no task", "")},
+    "eval memories": {
+        "--backbone": PATHS_IN_WORDS,
+        "--memories": PATHS_IN_WORDS,
+        "--document": PATHS_IN_WORDS,
+        "--lengths": NUMBERS_IN_WORDS,
+        "--keys": NUMBERS_IN_WORDS,
+        "--windows": NUMBERS_IN_WORDS,
+        "--out": PATHS_IN_WORDS,
+    },
+    "eval starts": {
+        "--backbone": PATHS_IN_WORDS,
+        "--document": PATHS_IN_WORDS,
+        "--windows": NUMBERS_IN_WORDS,
+    },
+    "eval passkey": {
         "--variant": ("published", "prose", "poem", ""),
         "--lengths": NUMBERS_IN_WORDS,
         "--keys": NUMBERS_IN_WORDS,
@@ -56,8 +70,15 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--quick": (),
         "--page": PATHS_IN_WORDS,
     },
-    "train": {
-        "": ("passkey", "no task"),
+    "train": {"": ("no task", "")},
+    "train memories": {
+        "--backbone": PATHS_IN_WORDS,
+        "--document": PATHS_IN_WORDS,
+        "--steps": NUMBERS_IN_WORDS,
+        "--chunk-size": NUMBERS_IN_WORDS,
+        "--out": PATHS_IN_WORDS,
+    },
+    "train passkey": {
         "--out": PATHS_IN_WORDS,
         "--seed": NUMBERS_IN_WORDS,
         "--threads": NUMBERS_IN_WORDS,
@@ -100,11 +121,15 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 def command_lines(draw: st.DrawFn) -> list[str]:
     """A command with some of its options, wrong ones among them, or one that no command has."""
     name = draw(st.sampled_from(sorted(OPTIONS)))
-    words = [name]
+    words = name.split()
     if "" in OPTIONS[name]:
         words += draw(st.lists(st.sampled_from(OPTIONS[name][""]), min_size=1, max_size=1))
     if name == "ask":
         words.append(draw(st.sampled_from(QUESTIONS)))
+    needed = {"eval memories": ("backbone", "memories", "document")}
+    needed |= dict.fromkeys(("eval starts", "train memories"), ("backbone", "document"))
+    for option in needed.get(name, ()) if draw(st.booleans()) else ():
+        words += [f"--{option}", "model" if option == "backbone" else "file"]
     if name in ("read", "ask"):  # mostly whole, so that more than a missing option is told
         words += draw(
             st.sampled_from(([], ["--model", "model", *["--save", "new"] * (name == "read")]))
@@ -124,6 +149,7 @@ def nothing_measured(folder: Path) -> Iterator[None]:
         raise StartedError
 
     places = ("passkey_report.collect", "bench.report.run", "passkey_training.train")
+    places += ("bench.starts.read_backbone", "memories.Trainer", "memories_report.load_memories")
     with contextlib.ExitStack() as stack:
         for place in places:
             module, _, function = place.rpartition(".")
