@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -310,18 +311,23 @@ def _open(
 ) -> tuple[dict[str, str], dict[str, Any], dict[str, Array]]:
     """A safetensors file's metadata but for ours, ours, and the arrays, where a framework is given.
 
-    PyTorch's are copied: they would change with the file, where another program writes over it.
+    PyTorch's are copied: they would change with the file, where another program writes over it. The
+    file is mapped anew for each, so that what was read of it does not add up in memory.
     """
     check_regular(path)
     arrays: dict[str, Array] = {}
-    path.open("rb").close()  # Python tells what keeps a file from being opened
     try:
-        with safe_open(str(path), framework=framework or "np") as file:
-            metadata = file.metadata() or {}
-            if framework is not None:
-                for name in file.keys():  # noqa: SIM118
+        # Python tells what keeps a file from being opened; and another may take its place meanwhile.
+        with path.open("rb") as held:
+            same = f"/dev/fd/{held.fileno()}"
+            place = same if os.path.exists(same) else str(path)
+            with safe_open(place, framework=framework or "np") as file:
+                metadata, names = file.metadata() or {}, list(file.keys())
+            for name in names if framework is not None else ():
+                with safe_open(place, framework=framework) as file:
                     x = file.get_tensor(name)
                     arrays[name] = x.clone() if is_torch_array(x) else x
+                    del x
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}); it may be cut short."

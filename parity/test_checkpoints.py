@@ -3,14 +3,18 @@
 import json
 import pickle
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fast import CoMeTModel
-from fast.checkpoints import load_arrays, save_checkpoint
+from fast.arrays import FLOATS, all_finite
+from fast.checkpoints import load_arrays, read_tensors, save_checkpoint
 from fast.files import atomic_save
 from reference import model as spec
 from reference import stream
@@ -19,7 +23,7 @@ from reference.parameters import named_parameters
 
 from .assertions import arrays_of, assert_near
 from .device import DEVICE, tensor, tensors
-from .strategies import cases, random_model, random_weights
+from .strategies import cases, random_model, random_weights, seeds
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +132,46 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, make_config):
     bad = whole["layers.1.q_proj"].clone()
     bad[0, 0] = float("nan")
     with_changes({"layers.1.q_proj": bad}, "layers.1.q_proj holds NaN")
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(seed=seeds, bad=st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_one_number_that_is_not_finite_is_seen(dtype, seed, bad):
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 40, rng.integers(0, 3)))
+    x = np.asarray(rng.normal(size=shape)).astype(getattr(ml_dtypes, dtype, dtype))
+    broken = x.copy()
+    broken[tuple(rng.integers(0, shape))] = bad
+    for make in (
+        np.asarray,
+        lambda a: torch.tensor(a.astype(np.float64)).to(getattr(torch, dtype)),
+    ):
+        assert all_finite(make(x))
+        assert all_finite(make(x[..., None][..., :0]))
+        assert not all_finite(make(broken))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(
+    tmp_path, make_config, monkeypatch
+):
+    """By an atomic save, as ours are: no reader sees a part of each."""
+    config, model, _, weights = saved(tmp_path, make_config)
+    other, opened = random_model(config, 1), []
+
+    def replacing(*args, **options):
+        opened.append(args)
+        if len(opened) == 9:
+            save_checkpoint(tmp_path, config, other.weights)
+        return safe_open(*args, **options)
+
+    monkeypatch.setattr("fast.checkpoints.safe_open", replacing)
+    found = read_tensors(tmp_path)
+    assert len(opened) == 1 + len(found)
+    for name, x in model.weights.named_parameters():
+        assert torch.equal(found[name].to(DEVICE), x), name
+    for name, x in other.weights.named_parameters():
+        assert torch.equal(read_tensors(tmp_path)[name].to(DEVICE), x), name
 
 
 def test_weights_given_as_a_dict_are_checked(make_config):

@@ -117,8 +117,17 @@ def read_gguf(path: Path) -> Backbone:
             f"{path} is a GGUF file, and the package gguf is not installed; run pip install "
             '"comet-memory[pretrained]", or give a folder of safetensors.'
         ) from error
+
+    class Reader(GGUFReader):
+        """It keeps a view for each token of a vocabulary: plain ones take a fraction of the time and
+        memory that those of NumPy's class of mapped files take.
+        """
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
     try:
-        reader = GGUFReader(path)
+        reader = Reader(path)
         fields = {
             name: _plain(field.contents())
             for name, field in reader.fields.items()
