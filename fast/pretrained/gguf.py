@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ def read_gguf(path: Path) -> Backbone:
         """
 
         def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+            if name == "data":
+                self.mapping, value = value.base, np.asarray(value)
+            super().__setattr__(name, value)
 
     try:
         reader = Reader(path)
@@ -136,7 +139,7 @@ def read_gguf(path: Path) -> Backbone:
     except Exception as error:  # a damaged file raises anything
         raise ValueError(f"{path} is not a readable GGUF file ({error!r}); is it whole?") from error
     family = fields.get("general.architecture")
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    mapping, stored = reader.mapping, {tensor.name: tensor for tensor in reader.tensors}
     found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in stored.items()}
     data: dict[str, Any] = {
         name: fields[f"{family}.{theirs}"]
@@ -173,6 +176,8 @@ def read_gguf(path: Path) -> Backbone:
     def take(name: str) -> Tensor:
         tensor = stored.pop(gguf_name(name))
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        if hasattr(mmap, "MADV_DONTNEED"):  # what was read of the file need not stay in memory
+            mapping.madvise(mmap.MADV_DONTNEED)
         weight = weight.reshape(found[tensor.name])
         if family in PAIRED and name.endswith(("q_proj", "k_proj")):
             # Its rows were put in pairs (j, j + e/2) side by side.
