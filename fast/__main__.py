@@ -21,7 +21,7 @@ from . import reading, watch
 from .bench import devices as bench_devices
 from .bench import report as bench_report
 from .bench import starts
-from .files import atomic_write, check_regular, check_writable
+from .files import atomic_write, check_writable
 from .inputs import MOST, check_count
 from .machine import keep_memory, machine, threads
 from .model import CoMeTModel
@@ -337,16 +337,11 @@ def _watch(args: argparse.Namespace) -> None:
 
 
 def _starts(args: argparse.Namespace) -> None:
-    check_regular(args.document)
-    try:
-        text = args.document.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.document} is no text in UTF-8 ({error}).") from error
     results = []
-    for result in starts.measure_starts(args.backbone, text, args.windows):
+    for result in starts.measure_starts(args.backbone, args.document, args.windows):
         results.append(result)
         print(starts.table(results).splitlines()[-1], flush=True)
-    print(f"\n{starts.table(results)}")
+    print(f"\n{starts.table(results)}\n\n{machine(threads())}")
 
 
 def _train(args: argparse.Namespace) -> None:

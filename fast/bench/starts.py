@@ -20,13 +20,14 @@ from torch import Tensor
 from reference.config import CoMeTConfig, MemoryConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
-from ..arrays import shown
 from ..inputs import check_count
 from ..model import CoMeTModel
 from ..pretrained.backbones import plug_in, read_backbone
 from ..pretrained.published import SPECIAL
+from ..pretrained.text import open_text
+from ..tasks.memories import read_tokens
 
-__all__ = ["MEMORY", "STARTS", "Start", "measure_starts", "place_windows", "table", "tokenize"]
+__all__ = ["MEMORY", "STARTS", "Start", "measure_starts", "place_windows", "table"]
 
 MEMORY = MemoryConfig(
     chunk_size=512, global_memory_size=64, temporary_memory_size=256, compression_stride=8
@@ -86,36 +87,6 @@ STARTS = (
 """What is compared. The first is what the others are held against."""
 
 
-def tokenize(backbone: Path, text: str) -> list[int]:
-    """A text's token ids, by the tokenizer that a folder or a GGUF file holds.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ImportError: the package `transformers` is not installed.
-        ValueError: there is no tokenizer that `transformers` reads.
-    """
-    if not backbone.exists():
-        raise FileNotFoundError(f"{backbone} is missing; expected a folder or a GGUF file.")
-    try:
-        from transformers import AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "a tokenizer is read by the package transformers, which is not installed; run pip "
-            "install transformers."
-        ) from error
-    folder, file = (backbone.parent, backbone.name) if backbone.is_file() else (backbone, None)
-    options = {} if file is None else {"gguf_file": file}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # a damaged or foreign one raises anything
-        raise ValueError(
-            f"{backbone} has no tokenizer that transformers reads ({type(error).__name__}: "
-            f"{shown(str(error))}); expected tokenizer.json beside config.json, or a GGUF file."
-        ) from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
 def place_windows(tokens: int, length: int, windows: int) -> list[int]:
     """Where windows of a length start, evenly from a text's start to its end.
 
@@ -132,13 +103,13 @@ def place_windows(tokens: int, length: int, windows: int) -> list[int]:
 
 
 def measure_starts(
-    backbone: Path, text: str, windows: int, memory: MemoryConfig = MEMORY
+    backbone: Path, document: Path, windows: int, memory: MemoryConfig = MEMORY
 ) -> Iterator[tuple[Start, np.ndarray]]:
     """Read the windows of a text from every start.
 
     Args:
         backbone: a folder or a GGUF file, see `CoMeTModel.from_backbone`; with its tokenizer.
-        text: what to read.
+        document: what to read, UTF-8.
         windows: how many.
         memory: the memories, where a start does not say otherwise.
 
@@ -146,13 +117,15 @@ def measure_starts(
         A start, and [windows, 2]: nats a label in the first chunk, and in the others.
 
     Raises:
-        ValueError: the text is too short.
+        FileNotFoundError: a file is missing.
+        ImportError: a package of the extra `pretrained` is not installed.
+        ValueError: a file does not fit, or the text is too short.
     """
-    ids, length = tokenize(backbone, text), CHUNKS * memory.chunk_size
+    read = read_backbone(backbone)
+    text = open_text(backbone, read.config.vocab_size)
+    ids, length = read_tokens(document, text).tolist(), CHUNKS * memory.chunk_size
     places = place_windows(len(ids), length, windows)
-    config, tree = plug_in(
-        read_backbone(backbone), dataclasses.replace(memory, sink_slot=True), torch.float32, seed=0
-    )
+    config, tree = plug_in(read, dataclasses.replace(memory, sink_slot=True), torch.float32, seed=0)
     given = named_parameters(tree)  # what the starts share, and choose from
     for start in STARTS:
         model = _model(start, given, dataclasses.replace(memory, **start.memory), config)
