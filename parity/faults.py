@@ -21,8 +21,8 @@ FAULTS = {
     ),
     "the global memory read without its adapter": (
         "global_memory.py",
-        "return adapter(state, weights)",
-        "return state",
+        "read = adapter(state, weights)",
+        "read = state",
         "test_global_memory::test_propose_gate_and_read",
     ),
     "saturation ignored": (
