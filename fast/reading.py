@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ class Mark:
     """Of the document."""
 
     tokens: int = 0
-    """Of it, and what a tokenizer puts before a text."""
+    """That the model has read of it, and what a tokenizer puts before a text. The last ones of those
+    bytes, less than a chunk, wait for the rest of it."""
 
     seconds: float = 0.0
     """Spent reading."""
@@ -97,7 +99,8 @@ class Mark:
     """Negative log likelihood, summed over predicted tokens."""
 
     predicted: int = 0
-    """Tokens that were predicted: all but a piece's first one, where the loss was asked for."""
+    """Tokens that were predicted: all but the first one of each piece, where the loss was asked
+    for."""
 
 
 def _noted(path: Path, name: str) -> dict[str, Any]:
@@ -157,6 +160,10 @@ def _digest(document: Path, size: int) -> Any:
     return found
 
 
+Place = tuple[Mark, list[Mark], list[int], Any]
+"""How far a document is read, the marks on the way, the tokens that wait, and the digest."""
+
+
 class _Reading:
     """A document on its way into a state: `step` reads a piece, `save` keeps all that it takes to
     go on.
@@ -176,10 +183,10 @@ class _Reading:
         self.state = self.model.new_state()
         if place is not None:
             self.state = _load(file, self.model)
-        start: tuple[Mark, list[Mark], Any] = Mark(), [], hashlib.sha256()
-        self.mark, self.marks, self.digest = place or start
+        start: Place = Mark(), [], list(self.text.start), hashlib.sha256()
+        self.mark, self.marks, self.waiting, self.digest = place or start
 
-    def _place(self) -> tuple[Mark, list[Mark], Any]:
+    def _place(self) -> Place:
         """How far the file's state has read the document.
 
         Raises:
@@ -193,6 +200,7 @@ class _Reading:
         try:
             mark, marks = Mark(**told["mark"]), [Mark(**mark) for mark in told["marks"]]
             digest, name = _digest(self.document, mark.bytes), told["name"]
+            waiting = [operator.index(token) for token in told["waiting"]]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.file} tells of its reading in another form ({error}); give another file to "
@@ -203,15 +211,19 @@ class _Reading:
                 f"{self.file} has read {mark.bytes:,} bytes of a document named {name}, with which "
                 f"{self.document} does not begin; give that document, or another file to save to."
             )
-        return mark, marks, digest
+        return mark, marks, waiting, digest
 
-    def step(self, file: Any, loss: bool, size: int) -> None:
-        """Read the next piece.
+    def step(self, file: Any, loss: bool, size: int, total: int) -> None:
+        """Take the next piece, and read the chunks that it fills; after the last, all that is left.
+
+        Chunks are read whole, since each other length of a row costs time and memory: the kernels of
+        narrow dtypes are made and kept for each shape.
 
         Args:
             file: the document, open.
             loss: whether to predict its tokens.
             size: bytes of it, at most.
+            total: bytes of the document.
         """
         begun, mark = time.perf_counter(), self.mark
         ids, end = self.text.read_piece(file, mark.bytes, size)
@@ -219,10 +231,15 @@ class _Reading:
             raise ValueError(
                 f"{self.document} has become shorter while it was read; read it again."
             )
-        ids = ids if mark.bytes else [*self.text.start, *ids]
-        nats, predicted = 0.0, len(ids) - 1 if loss else 0
-        if ids:
-            tokens = torch.tensor([ids], device=self.model.device)
+        self.waiting += ids
+        chunk = self.model.config.memory.chunk_size
+        begun_chunk = int(self.state.open_tokens[0]) % chunk
+        whole = (begun_chunk + len(self.waiting)) // chunk * chunk - begun_chunk
+        take = len(self.waiting) if end >= total else max(whole, 0)
+        nats, predicted = 0.0, take - 1 if loss and take else 0
+        if take:
+            tokens = torch.tensor([self.waiting[:take]], device=self.model.device)
+            self.waiting = self.waiting[take:]
             with torch.no_grad():
                 labels = tokens if predicted else None
                 out = self.model(tokens, labels, state=self.state, logits="none")
@@ -237,7 +254,7 @@ class _Reading:
             memory=resident_memory(),
             state=self.state.num_bytes,
             nats=mark.nats + nats,
-            predicted=mark.predicted + max(predicted, 0),
+            predicted=mark.predicted + predicted,
         )
         if self.mark.tokens.bit_length() > mark.tokens.bit_length():
             self.marks.append(self.mark)
@@ -247,6 +264,7 @@ class _Reading:
         document = {
             "name": self.document.name,
             "sha256": self.digest.hexdigest(),
+            "waiting": self.waiting,
             "mark": dataclasses.asdict(self.mark),
             "marks": [dataclasses.asdict(mark) for mark in self.marks],
         }
@@ -296,7 +314,7 @@ def read_document(
         tqdm(total=total, initial=first.bytes, unit="B", unit_scale=True, smoothing=0.1) as bar,
     ):
         while (before := reading.mark.bytes) < total:
-            reading.step(opened, loss, size)
+            reading.step(opened, loss, size, total)
             mark, now = reading.mark, time.monotonic()
             bar.update(mark.bytes - before)
             speed = (mark.tokens - first.tokens) / (now - begun)

@@ -285,14 +285,16 @@ def test_the_loss_is_that_of_the_pieces(source, document, tmp_path):
     marks = read_document(document, source, tmp_path / "state", loss=True, size=700)
     model, text = source.open()
     found, _ = pieces(text, PROSE.encode(), 700)
-    found[0] = [*text.start, *found[0]]
-    state, nats = None, 0.0
-    for ids in found:
-        tokens = torch.tensor([ids])
+    state, nats, waiting, predicted = None, 0.0, list(text.start), 0
+    for i, ids in enumerate(found, 1):
+        waiting += ids
+        take = len(waiting) if i == len(found) else len(waiting) // 32 * 32  # whole chunks
+        tokens, waiting = torch.tensor([waiting[:take]]), waiting[take:]
         with torch.no_grad():
             out = model(tokens, tokens, state=state, logits="none")
-        state, nats = out.state, nats + float(out.loss) * (len(ids) - 1)
-    assert marks[-1].predicted == sum(map(len, found)) - len(found)
+        state, nats = out.state, nats + float(out.loss) * (take - 1)
+        predicted += take - 1
+    assert marks[-1].predicted == predicted
     assert marks[-1].nats == pytest.approx(nats, rel=1e-6)
     assert "| - |" not in table(marks)
 
@@ -336,6 +338,32 @@ def test_a_killed_reading_goes_on_to_the_same_bits(read, source, document, tmp_p
     model, _ = source.open()
     found, expected = CoMeTState.load(file, model), CoMeTState.load(whole, model)
     assert_state_equal(found, expected, "the state of a killed reading")
+
+
+def test_rows_have_few_lengths_however_long_the_document_is(source, tmp_path):
+    """Or else kernels for each would be kept."""
+    lengths, whole = [], CoMeTModel.forward
+
+    def counted(self, ids, *rest, **options):
+        lengths.append(ids.shape[1])
+        return whole(self, ids, *rest, **options)
+
+    document = tmp_path / "long.txt"
+    document.write_text(PROSE * 4, encoding="utf-8")
+    with patch.object(CoMeTModel, "forward", counted):
+        read_document(document, source, tmp_path / "state", size=700)
+    assert len(lengths) > 30
+    assert all(length % MEMORY.chunk_size == 0 for length in lengths[:-1])
+
+
+def test_a_chunk_may_be_longer_than_a_piece(source, document, tmp_path):
+    memory = MemoryConfig(chunk_size=1000, global_memory_size=2, compression_stride=0)
+    long, file = Source(source.path, memory), tmp_path / "state"
+    marks = read_document(document, long, file, size=700)
+    model, text = long.open()
+    state = CoMeTState.load(file, model)
+    assert state.tokens[0] == marks[-1].tokens == len(text.encode(PROSE)) + 1
+    assert state.chunks[0] == (state.tokens[0] - 1) // 1000
 
 
 def test_a_document_that_has_been_read_is_not_read_again(read, source, document):
@@ -540,6 +568,7 @@ def test_a_state_of_several_streams_is_told(read, source):
         ("document", {"name": "x"}),
         ("document", {"mark": 1, "marks": [], "name": "x", "sha256": "x"}),
         ("document", {"mark": {"bytes": "x"}, "marks": [], "name": "x", "sha256": "x"}),
+        ("document", {"mark": {}, "marks": [], "name": "x", "sha256": "x", "waiting": ["x"]}),
     ],
 )
 def test_notes_of_another_form_are_told(read, source, document, name, value):
