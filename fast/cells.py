@@ -33,13 +33,14 @@ def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) ->
     """Embeddings of a round's slots.
 
     Args:
-        text: [b, w] ids, the text tokens of the round.
+        text: [b, w] ids, the text tokens of the round; or [b, w, d], their embeddings.
         source: [r, n], see `Row`.
 
     Returns:
         [b, n, d].
     """
-    parts = [look_up(text, params["embed_tokens"])]
+    is_ids = not text.is_floating_point()
+    parts = [look_up(text, params["embed_tokens"]) if is_ids else text]
     if config.memory.has_temporary:
         parts.append(tensor_of(params["compression_embedding"]).expand(len(text), 1, -1))
     else:  # no slot points at it
@@ -125,7 +126,7 @@ def run_layers(
     """A round's new slots up all layers.
 
     Args:
-        text: [b, w] ids, the text tokens of the round.
+        text: [b, w] ids, the text tokens of the round; or [b, w, d], their embeddings.
         row: as in `run_layer`.
         rotations: `rotary_tables` of its positions.
         keys, values: per layer [b, k, p, e], the rows so far.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference.config import CoMeTConfig, MemoryConfig
+from reference.parameters import map_parameters, shapes
 
 from .arrays import FLOATS, dtype_name, shown, to_host
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
@@ -206,6 +207,9 @@ class CoMeTModel(nn.Module):
     ) -> None:
         """A model of given weights, or a fresh one in float32 on PyTorch's default device.
 
+        Under `torch.device("meta")` a fresh one has names and shapes alone, in PyTorch's default
+        dtype: weights that are to be filled in need not be drawn first.
+
         Args:
             config: the model.
             weights: nested dict of tensors under the names of `reference.parameters.shapes`,
@@ -223,7 +227,10 @@ class CoMeTModel(nn.Module):
         self.config = config
         if weights is None:
             check_count("seed", seed, 0)
-            weights = initialize(config, np.random.default_rng(seed))
+            if torch.empty(0).is_meta:
+                weights = map_parameters(lambda _, shape: torch.empty(shape), shapes(config))
+            else:
+                weights = initialize(config, np.random.default_rng(seed))
         else:
             wanted = "a nested dict of tensors, or None for a fresh model"
             check_kind("weights", weights, (dict, ParameterTree), wanted)

@@ -206,7 +206,8 @@ def run_row(
     tokens in `close_chunk`, joined, so that a layer's output lives no longer than the layer.
 
     Args:
-        text: [b, n + 1] ids of the whole call; the last column is what padding reads.
+        text: [b, n + 1] ids of the whole call, or [b, n + 1, d] embeddings; the last column is what
+            padding reads.
         state: where the streams stand; rows with new slots have been opened.
         plan: what each sequence reads, and whether its chunk closes.
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
@@ -281,7 +282,8 @@ def read(
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
 
     Args:
-        ids: [b, n] token ids; what comes after a sequence's length is not looked at.
+        ids: [b, n] token ids, or [b, n, d] embeddings in their place; what comes after a sequence's
+            length is not looked at.
         state: where the streams stand.
         chunk_sizes, roll, backprop_chunks: as in the reference.
         lengths: [b] int64 tokens of each sequence, 0 for one that waits; None is n for all.
@@ -296,7 +298,7 @@ def read(
     if lengths is None:
         lengths = np.full(len(ids), ids.shape[1])
     size = config.memory.chunk_size if roll else None
-    text = F.pad(ids, (0, 1))
+    text = F.pad(ids, (0, 0) * (ids.dim() - 2) + (0, 1))
     for plan in plan_rounds(
         lengths, state.open_tokens, size, chunk_sizes, state.chunks, backprop_chunks
     ):

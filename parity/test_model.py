@@ -142,3 +142,14 @@ def test_a_model_comes_in_the_dtype_and_on_the_device_that_are_asked_for(make_co
     for dtype in (torch.int64, torch.complex64):
         with pytest.raises(ValueError, match="dtype is '.*'; expected 'float64', 'float32',"):
             CoMeTModel(config, dtype=dtype)
+
+
+def test_on_the_meta_device_a_fresh_model_is_names_and_shapes(make_config):
+    """Nothing is drawn, and the dtype is PyTorch's default one."""
+    with torch.device("meta"):
+        blank = CoMeTModel(make_config())
+    fresh = random_model(make_config(), 0)
+    assert all(p.is_meta and p.dtype == torch.get_default_dtype() for p in blank.parameters())
+    assert [(name, p.shape) for name, p in blank.named_parameters()] == [
+        (name, p.shape) for name, p in fresh.named_parameters()
+    ]
