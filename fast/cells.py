@@ -7,8 +7,9 @@ be compiled whole. `params`, `config` and the letters of shapes are as in `strea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ __all__ = ["embed", "run_layer", "run_layers"]
 
 Rotation = tuple[Tensor, Tensor]
 Tensors = tuple[Tensor, ...]
+
+Recompute = Callable[..., Any]
+"""Called with a function and its arguments, as `torch.utils.checkpoint.checkpoint` is."""
 
 
 def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:
@@ -122,6 +126,7 @@ def run_layers(
     params: Weights,
     config: CoMeTConfig,
     recorder: Recorder | None = None,
+    recompute: Recompute | None = None,
 ) -> tuple[Tensor, Tensors, Tensors, Tensors, Tensors]:
     """A round's new slots up all layers.
 
@@ -132,6 +137,8 @@ def run_layers(
         keys, values: per layer [b, k, p, e], the rows so far.
         global_state, queue: per layer, as in the state; empty where there is no such memory.
         recorder: what watches every layer, or None.
+        recompute: how a cell is called so that its inside is computed again in the backward pass,
+            or None.
 
     Returns:
         [b, w, d], see `Reading.hidden`; then keys, values, global state and queues after the round.
@@ -143,6 +150,7 @@ def run_layers(
     for i, weights in enumerate(params["layers"]):
         before, rotation = hidden, rotations[i in config.backbone.unrotated_layers]
         cell = weights if isinstance(weights, nn.Module) else partial(run_layer, weights=weights)
+        cell = cell if recompute is None else partial(recompute, cell)
         hidden, *found = cell(
             before,
             row,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig
 
-from .cells import Rotation, Tensors, run_layers
+from .cells import Recompute, Rotation, Tensors, run_layers
 from .chunking import Round, plan_rounds
 from .compiling import untraced
 from .global_memory import read_global
@@ -199,6 +200,7 @@ def run_row(
     plan: Round,
     outputs: str = "all",
     recorder: Recorder | None = None,
+    recompute: Recompute | None = None,
 ) -> Reading:
     """One round: new slots of every open row up the layers, the memories updated on the way.
 
@@ -213,6 +215,7 @@ def run_row(
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
             The top layer computes no others.
         recorder: what watches, or None.
+        recompute: see `cells.run_layers`.
 
     Returns:
         A `Reading`.
@@ -234,6 +237,7 @@ def run_row(
         params,
         config,
         recorder,
+        recompute,
     )
     after = dataclasses.replace(
         state, global_state=states, temporary_memory=queue, keys=keys, values=values
@@ -278,6 +282,7 @@ def read(
     outputs: str = "all",
     cuts_all: bool = False,
     recorder: Recorder | None = None,
+    recompute: Recompute | None = None,
 ) -> Iterator[Reading]:
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
 
@@ -291,6 +296,8 @@ def read(
         cuts_all: whether a cut is of all sequences, those too whose text has ended, so that nothing
             of the graph before it is kept.
         recorder: what watches, or None.
+        recompute: how `open_chunk` and every cell are called, so that a backward pass keeps their
+            inputs alone and computes the rest again; None keeps all.
 
     Yields:
         Each round's top outputs and state, so that nothing grows with the text.
@@ -299,15 +306,25 @@ def read(
         lengths = np.full(len(ids), ids.shape[1])
     size = config.memory.chunk_size if roll else None
     text = F.pad(ids, (0, 0) * (ids.dim() - 2) + (0, 1))
+    begin = open_chunk if recompute is None else partial(recompute, open_chunk)
     for plan in plan_rounds(
         lengths, state.open_tokens, size, chunk_sizes, state.chunks, backprop_chunks
     ):
         opens = (state.row_length == 0) & (plan.take > 0)
         if opens.any():
-            state = open_chunk(state, params, config, opens)
+            state = begin(state, params, config, opens)
         ends = (plan.take > 0) & (plan.start + plan.take == lengths)
         wanted = "none" if outputs == "last" and not ends.any() else outputs
-        part = run_row(text, state, params, config, plan=plan, outputs=wanted, recorder=recorder)
+        part = run_row(
+            text,
+            state,
+            params,
+            config,
+            plan=plan,
+            outputs=wanted,
+            recorder=recorder,
+            recompute=recompute,
+        )
         if part.cut:
             cut = np.asarray(plan.cut) | cuts_all
             part = dataclasses.replace(part, state=_detach_rows(part.state, cut))

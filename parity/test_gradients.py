@@ -1,14 +1,18 @@
 """Gradients are the reference's own, by a complex step: Im f(x + i h v) / h, exact for tiny h."""
 
 import dataclasses
+import gc
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from fast import IGNORE
+from fast.stream import join, read
 from reference import model as spec
 from reference import stream
 from reference.parameters import map_parameters, named_parameters
@@ -174,3 +178,61 @@ def test_truncation_counts_chunks(make_config, chunks):
     assert (grad[:border] == 0).all()
     assert (grad[border:24] > 0).any() or border == 24
     assert grad[27] > 0
+
+
+def bytes_kept(run):
+    """Bytes that a forward pass leaves for the backward pass: those saved in the graph, those that
+    a recomputation holds, and the result's; each storage once, those from before left out."""
+    storages = {}
+
+    def note(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def alive():
+        gc.collect()
+        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+
+    before = {x.untyped_storage().data_ptr() for x in alive()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = run()
+    for x in alive():
+        note(x)
+    del result
+    return sum(size for place, size in storages.items() if place not in before)
+
+
+@given(cases())
+def test_recomputing_cells_changes_no_gradient(case):
+    """Of the whole stream: memories pass from chunk to chunk through what is computed again."""
+    config, seed, ids = case
+    model = random_model(config, seed)
+
+    def gradients_of(recompute):
+        model.zero_grad()
+        rounds = read(tensor([ids]), model.new_state(), model.weights, config, recompute=recompute)
+        join(list(rounds), len(ids)).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    expected = gradients_of(None)
+    found = gradients_of(partial(checkpoint, use_reentrant=False))
+    for name, gradient in expected.items():
+        assert (gradient is None) == (found[name] is None), name
+        assert gradient is None or torch.equal(found[name], gradient), name
+
+
+def test_recomputing_cells_keeps_less_for_the_backward_pass(make_config):
+    config = make_config(
+        {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 4},
+        {"chunk_size": 32, "temporary_memory_size": 16, "compression_stride": 8},
+    )
+    model = random_model(config, 0)
+    ids = torch.arange(160)[None] % 11
+
+    def run(recompute):
+        rounds = read(tensor(ids), model.new_state(), model.weights, config, recompute=recompute)
+        return [part.hidden for part in rounds]
+
+    whole = bytes_kept(lambda: run(None))
+    kept = bytes_kept(lambda: run(partial(checkpoint, use_reentrant=False)))
+    assert_at_most(kept / whole, 0.15, "bytes kept, of those without")
