@@ -47,6 +47,7 @@ __all__ = [
     "CoMeTModel",
     "CoMeTOutput",
     "CoMeTWindow",
+    "for_gradients",
     "language_loss",
     "predict",
     "shift_labels",
@@ -112,7 +113,7 @@ def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _for_gradients(state: CoMeTState) -> CoMeTState:
+def for_gradients(state: CoMeTState) -> CoMeTState:
     """The state as autograd takes it: it keeps no tensor that was made under inference mode, but a
     copy serves.
     """
@@ -293,7 +294,7 @@ class CoMeTModel(nn.Module):
         check_state(state)
         check_watchers(recorder)
         state.check(self.config, state.batch_size, self.weights["norm"])
-        return close_chunk(_for_gradients(state), self.weights, self.config, recorder)
+        return close_chunk(for_gradients(state), self.weights, self.config, recorder)
 
     @untraced(recursive=False)
     def forward(
@@ -459,7 +460,7 @@ class CoMeTModel(nn.Module):
             "backprop_chunks": backprop_chunks,
             "lengths": sizes,
         }
-        return ids, _for_gradients(state), targets, options
+        return ids, for_gradients(state), targets, options
 
     @untraced()
     def _score(self, part: Reading, targets: Tensor) -> tuple[Tensor, Tensor]:
