@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
@@ -61,6 +63,13 @@ class _Layers:
         self.rounds[-1].append(take_slots(before, row.text))
 
 
+class _Cell(GradientCheckpointingLayer):
+    """How cells are called in training: transformers turns on here that they are recomputed."""
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+
 class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
     """A model of transformers around a `CoMeTModel`, which is its `model`.
 
@@ -85,7 +94,7 @@ class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
             self.model = CoMeTModel(config.to_comet())
         if device.type != "meta":
             self.model.to_empty(device=device)
-        self.gradient_checkpointing = False
+        self.cell = _Cell()
         self.post_init()
 
     @classmethod
@@ -207,7 +216,7 @@ class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
             lengths=columns.lengths,
             outputs="last" if only_last else "all",
             recorder=cast(Any, recorder),
-            recompute=self._recompute(),
+            recompute=self.cell if self.training else None,
         ):
             state, last = part.state, cast(Tensor, part.last(last))
             if not only_last:
@@ -266,12 +275,6 @@ class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None or cache.last is None:
             return state, self.model.weights["norm"].new_zeros(b, self.config.hidden_size)
         return state, cache.last.clone() if cache.last.is_inference() else cache.last
-
-    def _recompute(self) -> Any:
-        """How cells are called where their activations are not kept, or None."""
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return None
-        return self._gradient_checkpointing_func
 
     def _targets(self, labels: Any, columns: Columns, text: Tensor) -> Tensor:
         """[b, n]: what each column predicts, the label of the next token in its row, or IGNORE."""
