@@ -431,6 +431,16 @@ def test_ids_that_do_not_go_on_from_a_cache_are_refused(make_config):
     model = wrapped(make_config())
     cache = model(tensor([[1, 2, 3, 4, 5]])).cache
     told = r"the cache has read 5 columns, and the .* of input_ids do not begin with those; give"
+    for width in (4, 8):
+        with pytest.raises(
+            ValueError, match=f"attention_mask has {width} columns, input_ids 2 and"
+        ):
+            model.generate(
+                tensor([[6, 7]]),
+                attention_mask=tensor([[1] * width]),
+                cache=cache,
+                max_new_tokens=2,
+            )
     for ids in ([[6, 7]], [[1, 2, 3, 4, 5]], [[1, 2, 3, 9, 5, 6]], [[6, 7, 8, 9, 1, 2, 3]]):
         for options in ({}, {"prefill_chunk_size": 2}):
             with pytest.raises(ValueError, match=told):
@@ -539,7 +549,8 @@ def test_what_forward_cannot_do_is_refused_in_a_sentence(make_config, arguments,
         ),
         ({"cache": DynamicCache()}, "cache is a DynamicCache; expected a CoMeTCache, such as"),
         ({"prompt_lookup_num_tokens": 2}, "assisted generation is not supported with stateful"),
-        ({"attention_mask": torch.ones(1, 9)}, "attention_mask is a Tensor of shape \\(1, 9\\)"),
+        ({"attention_mask": torch.ones(1, 9)}, "attention_mask has 9 columns, input_ids 2 and the"),
+        ({"attention_mask": torch.zeros(1, 1)}, "attention_mask has 1 columns, input_ids 2 and"),
     ],
 )
 def test_what_generate_cannot_do_is_refused_in_a_sentence(make_config, arguments, told):
@@ -556,7 +567,7 @@ def test_what_generate_cannot_do_is_refused_in_a_sentence(make_config, arguments
 def test_a_cache_of_another_batch_or_model_is_refused(make_config):
     model = wrapped(make_config())
     cache = model(tensor([[1, 2], [3, 4]])).cache
-    with pytest.raises(ValueError, match="2 sequences"):
+    with pytest.raises(ValueError, match="the state has batch size 2, the input 1; make"):
         model(tensor([[1, 2]]), cache=cache)
     with pytest.raises(ValueError, match="the state belongs to a model with config"):
         wrapped(make_config(memory={"chunk_size": 9}))(tensor([[1], [2]]), cache=cache)

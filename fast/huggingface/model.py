@@ -362,10 +362,17 @@ class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
         has read: other ids would be cut in silence.
         """
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
-        width = generation_config._mask_length if mask is None else mask.shape[1]
-        is_whole = model_kwargs.get("inputs_embeds") is None and width == input_ids.shape[1]
-        if is_whole and cache is not None and cache.columns:
-            cache.check_continues(input_ids)
+        past, n = 0 if cache is None else cache.columns, input_ids.shape[1]
+        if model_kwargs.get("inputs_embeds") is None:
+            # a mask of ones has been dropped by now
+            width = generation_config._mask_length if mask is None else mask.shape[1]
+            if width not in (n, past + n):
+                raise ValueError(
+                    f"attention_mask has {width} columns, input_ids {n} and the cache {past}; "
+                    f"expected a mask of {n} or of {past + n}."
+                )
+            if past and width == n:
+                cache.check_continues(input_ids)
         return cast(Any, super())._prefill(
             input_ids, generation_config, model_kwargs, is_first_iteration
         )
