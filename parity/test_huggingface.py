@@ -6,25 +6,21 @@ the state, reading on from a cache differs from reading the whole, the mask is s
 """
 
 import copy
-import json
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
-import fast
-from fast import IGNORE, CoMeTModel, CoMeTState, MemoryConfig
-from fast.huggingface import CoMeTCache, CoMeTForCausalLM, CoMeTPretrainedConfig
+from fast import IGNORE, CoMeTState, MemoryConfig
+from fast.huggingface import CoMeTCache, CoMeTForCausalLM
 from reference import model as spec
 from reference import stream
 
 from .assertions import (
     arrays_of,
-    assert_at_most,
     assert_near,
     assert_same_states,
     assert_same_stream,
@@ -33,7 +29,6 @@ from .assertions import (
 from .device import DEVICE, tensor
 from .strategies import VOCAB, configs, corner_lengths, random_model, seeds
 from .test_backbones import CONFIGS, in_float64, random_backbone
-from .test_gradients import bytes_kept
 
 FEW = settings(max_examples=max(10, settings.default.max_examples // 4))
 
