@@ -43,7 +43,7 @@ from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_atte
 class Tester:
     """What the mixins ask a model's test for: a small config, and inputs."""
 
-    batch_size, seq_length, is_training = 3, 9, True
+    batch_size, seq_length, is_training = 3, 21, True
     hidden_size, num_hidden_layers, num_attention_heads = 16, 2, 4
 
     def __init__(self, parent):

@@ -63,6 +63,21 @@ class CoMeTPretrainedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """The config of a config.json, as transformers reads it.
+
+        Raises:
+            ValueError: it is that of a `CoMeTModel`, whose weights have other names; or a section or
+                field is missing, unknown, or has a bad value.
+        """
+        if "model_type" not in config_dict:
+            raise ValueError(
+                "config.json has no model_type, as that of a CoMeTModel; load the folder by "
+                "CoMeTForCausalLM.from_model(CoMeTModel.from_pretrained(folder))."
+            )
+        return super().from_dict(config_dict, **options)
+
+    @classmethod
     def from_comet(cls, config: CoMeTConfig, **options: Any) -> CoMeTPretrainedConfig:
         """The config of a `CoMeTModel`.
 

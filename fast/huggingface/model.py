@@ -371,7 +371,7 @@ class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
                     f"attention_mask has {width} columns, input_ids {n} and the cache {past}; "
                     f"expected a mask of {n} or of {past + n}."
                 )
-            if past and width == n:
+            if cache is not None and past and width == n:
                 cache.check_continues(input_ids)
         return cast(Any, super())._prefill(
             input_ids, generation_config, model_kwargs, is_first_iteration
@@ -396,6 +396,12 @@ class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
         if enable and every_n_layers != 1:
             raise ValueError(f"every_n_layers is {shown(every_n_layers)}; expected 1, every layer.")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: gradients reach what is trained through frozen weights as it is.
+
+        Elsewhere it is for use_reentrant=True, and hooks the module of the embeddings.
+        """
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of embeddings as a module: a view, whose `weight` is the model's own.
