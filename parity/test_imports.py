@@ -25,11 +25,11 @@ def run_python(script, *arguments):
 
 
 def test_the_model_needs_no_package_of_the_commands():
-    """Nor does it bring the rooms above it: tasks, bench, published checkpoints."""
+    """Nor does it bring the rooms above it: tasks, bench, published checkpoints, transformers."""
     script = f"""{BLOCKED}
 import fast
 fast.CoMeTModel, fast.CoMeTState, fast.keep_memory
-above = ("fast.tasks", "fast.bench", "fast.pretrained")
+above = ("fast.tasks", "fast.bench", "fast.pretrained", "fast.huggingface", "transformers")
 print([name for name in sys.modules if name.startswith(above)])
 """
     run = run_python(script)
