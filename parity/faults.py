@@ -475,5 +475,59 @@ FAULTS = {
         'data.get("rope_theta", 10000.0)',
         "test_backbones::test_a_backbone_computes_what_it_does_in_transformers",
     ),
+    "what recomputation leaves out: the memories' keys and values": (
+        "stream.py",
+        "begin = open_chunk if recompute is None else partial(recompute, open_chunk)",
+        "begin = open_chunk",
+        "test_gradients::test_recomputing_cells_keeps_less_for_the_backward_pass",
+    ),
+    "the mask skipped at batch size 1": (
+        "huggingface/columns.py",
+        "None if (lengths == n).all() else mask",
+        "None if len(mask) == 1 or (lengths == n).all() else mask",
+        "test_huggingface::test_the_mask_is_honoured_at_batch_size_1",
+    ),
+    "the first columns of a mask that covers the cache taken for the new ones": (
+        "huggingface/columns.py",
+        "recent = attention_mask[:, -n:]",
+        "recent = attention_mask[:, :n]",
+        "test_huggingface::test_the_mask_is_honoured_at_batch_size_1",
+    ),
+    "padding given the logits of the token after it": (
+        "huggingface/columns.py",
+        "take_slots(torch.cat([before[:, None], x], dim=1), self.mask.cumsum(dim=1))",
+        "take_slots(x, (self.mask.cumsum(dim=1) - self.mask.long()).clamp(max=x.shape[1] - 1))",
+        "test_huggingface::test_any_padding_computes_what_each_row_does_alone",
+    ),
+    "the logits that stand forgotten between calls": (
+        "huggingface/model.py",
+        "own.advance(state, last, ids, n)",
+        "own.advance(state, before, ids, n)",
+        "test_huggingface::test_any_padding_computes_what_each_row_does_alone",
+    ),
+    "losses of padding counted": (
+        "huggingface/model.py",
+        "return columns.zero(columns.unpack(targets, targets[:, 0]), IGNORE)",
+        "return columns.unpack(targets, targets[:, 0])",
+        "test_huggingface::test_the_loss_counts_tokens_that_follow_a_token",
+    ),
+    "the loss of a micro-batch its own mean": (
+        "huggingface/model.py",
+        "predicted.sum() if count is None else torch.as_tensor(count, device=logits.device)",
+        "predicted.sum()",
+        "test_huggingface_training::test_accumulated_steps_have_the_loss_and_the_gradient_of_one",
+    ),
+    "beams that keep their places": (
+        "huggingface/cache.py",
+        "state = self.state.select(index.tolist())",
+        "state = self.state",
+        "test_huggingface::test_samples_and_beams_keep_their_own_streams",
+    ),
+    "a text that does not go on from the cache cut in silence": (
+        "huggingface/model.py",
+        "cache.check_continues(input_ids)",
+        "pass",
+        "test_huggingface::test_ids_that_do_not_go_on_from_a_cache_are_refused",
+    ),
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the test that notices)."""

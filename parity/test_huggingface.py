@@ -138,6 +138,8 @@ def test_the_mask_is_honoured_at_batch_size_1(make_config):
     expected = model.model(tensor([[9, 1, 9, 4]]))
     assert_near(out.logits[:, [1, 2, 4, 5]], expected.logits.detach(), "logits")
     assert_same_streams(out.cache.state, expected.state, "state")
+    more = model(tensor([[5, 6]]), tensor([[*mask[0], 1, 1]]), cache=copy.copy(out.cache))
+    assert more.cache.state.tokens == 6
     text = model.generate(tensor(ids), attention_mask=tensor(mask), max_new_tokens=5)
     assert (
         text[0, 6:].tolist()
