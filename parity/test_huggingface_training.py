@@ -226,6 +226,7 @@ def test_embeddings_are_views_that_can_be_replaced(make_config):
         model.set_input_embeddings(torch.nn.Embedding(9, 5))
 
 
+@pytest.mark.host  # recomputing asks a device for its generator, and the pretend one has none
 @FEW
 @given(configs(), seeds)
 def test_checkpointing_changes_no_gradient(config, seed):
@@ -247,6 +248,7 @@ def test_checkpointing_changes_no_gradient(config, seed):
         assert a is None or torch.equal(a, b)
 
 
+@pytest.mark.host
 def test_checkpointing_reaches_what_is_trained_through_frozen_weights(make_config):
     model = wrapped(make_config()).train()
     model.requires_grad_(False)
@@ -258,6 +260,7 @@ def test_checkpointing_reaches_what_is_trained_through_frozen_weights(make_confi
     assert [p for p in model.parameters() if p.grad is not None] == [readout]
 
 
+@pytest.mark.host
 def test_checkpointing_keeps_less(make_config):
     model = wrapped(
         make_config(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arrays import numbers
+from ..inputs import check_kind
 from ..layers import take_slots
 
 __all__ = ["Columns"]
@@ -39,19 +40,19 @@ class Columns:
             past: columns that were read before.
 
         Raises:
-            ValueError: it is of another shape, or holds other numbers.
+            ValueError: it is no tensor, of another shape, or holds other numbers.
         """
         b, n = text.shape[:2]
         if attention_mask is None:
             return cls(None, np.full(b, n))
-        shape = tuple(getattr(attention_mask, "shape", ()))
-        if not isinstance(attention_mask, Tensor) or shape not in ((b, n), (b, past + n)):
+        check_kind("attention_mask", attention_mask, Tensor, "a tensor of 0 and 1, or None")
+        if attention_mask.shape not in ((b, n), (b, past + n)):
             longer = (
                 f", or {(b, past + n)} with the columns that the cache has read" if past else ""
             )
             raise ValueError(
-                f"attention_mask is a {type(attention_mask).__name__} of shape {shape}; expected a "
-                f"tensor of shape {(b, n)}, as the text has{longer}."
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected {(b, n)}, as the "
+                f"text has{longer}."
             )
         recent = attention_mask[:, -n:].to(text.device)
         mask = recent != 0
