@@ -524,7 +524,7 @@ FAULTS = {
         "test_huggingface::test_samples_and_beams_keep_their_own_streams",
     ),
     "a text that does not go on from the cache cut in silence": (
-        "huggingface/model.py",
+        "huggingface/generation.py",
         "cache.check_continues(input_ids)",
         "pass",
         "test_huggingface::test_ids_that_do_not_go_on_from_a_cache_are_refused",

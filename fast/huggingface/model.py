@@ -16,7 +16,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -34,11 +34,9 @@ from ..stream import Reading, join, read
 from .cache import CoMeTCache
 from .columns import Columns
 from .config import CoMeTPretrainedConfig
+from .generation import FOREIGN, StreamGenerationMixin
 
 __all__ = ["CoMeTForCausalLM"]
-
-ONLY = "a stream's memories are its cache"
-FOREIGN = f"a CoMeTCache, such as out.cache: {ONLY}"
 
 REFUSED = {
     "output_attentions": "attention is not kept; a fast.Recorder of a CoMeTModel tells of it",
@@ -70,7 +68,7 @@ class _Cell(GradientCheckpointingLayer):
         return function(*arguments)
 
 
-class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
+class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
     """A model of transformers around a `CoMeTModel`, which is its `model`.
 
     `generate`, `Trainer`, `save_pretrained` and `from_pretrained` are those of transformers. Where
@@ -320,62 +318,6 @@ class CoMeTForCausalLM(PreTrainedModel, GenerationMixin):
             found.append(columns.zero(columns.unpack(_join(of_layer, n, zeros), zeros)))
         top = rms_norm(hidden, self.model.weights["norm"], eps)
         return (*found, columns.zero(top))
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        """Put a cache of ours into `generate`'s arguments, as many streams as it decodes.
-
-        Raises:
-            ValueError: a cache of another kind is asked for.
-        """
-        kind, cache = generation_config.cache_implementation, model_kwargs.get("cache")
-        if kind is not None:
-            raise ValueError(f"cache_implementation is {shown(kind)}; expected None: {ONLY}.")
-        if cache is None:
-            if generation_config.use_cache is not False:
-                model_kwargs["cache"] = CoMeTCache()
-            return
-        check_kind("cache", cache, CoMeTCache, FOREIGN)
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if copies > 1 and cache.batch_size == batch_size:
-            cache = copy.copy(cache)
-            cache.batch_repeat_interleave(copies)
-            model_kwargs["cache"] = cache
-        cache._is_user_defined = True
-
-    def _prefill(
-        self,
-        input_ids: Tensor,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        is_first_iteration: bool = True,
-    ) -> Any:
-        """Read the prompt, once it is known to go on from where the cache stands.
-
-        `generate` takes ids without a longer mask for the whole text, and cuts off what the cache
-        has read: other ids would be cut in silence.
-        """
-        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
-        past, n = 0 if cache is None else cache.columns, input_ids.shape[1]
-        if model_kwargs.get("inputs_embeds") is None:
-            # a mask of ones has been dropped by now
-            width = generation_config._mask_length if mask is None else mask.shape[1]
-            if width not in (n, past + n):
-                raise ValueError(
-                    f"attention_mask has {width} columns, input_ids {n} and the cache {past}; "
-                    f"expected a mask of {n} or of {past + n}."
-                )
-            if cache is not None and past and width == n:
-                cache.check_continues(input_ids)
-        return cast(Any, super())._prefill(
-            input_ids, generation_config, model_kwargs, is_first_iteration
-        )
 
     def _set_gradient_checkpointing(
         self,
