@@ -14,6 +14,7 @@ import transformers
 
 from fast import CoMeTModel, CoMeTState, MemoryConfig, reading
 from fast.checkpoints import read_header
+from fast.huggingface import CoMeTForCausalLM
 from fast.pretrained.text import open_text
 from fast.reading import Source, ask, read_document
 
@@ -73,6 +74,18 @@ def test_greedy_text_is_the_same(ours, theirs, ids):
     found = ours.generate(prompt, max_new_tokens=60).ids
     expected = theirs.generate(prompt, max_new_tokens=60, min_new_tokens=60, do_sample=False)
     assert found == expected[:, prompt.shape[1] :].tolist()
+
+
+def test_in_transformers_it_generates_the_same(file, theirs, ids):
+    """Two prompts of unequal lengths, the shorter padded at the left; greedy, and in beams."""
+    plain = MemoryConfig(chunk_size=1024, global_memory_size=0, compression_stride=0)
+    model = CoMeTForCausalLM.from_backbone(file, plain).eval()
+    both, mask = ids[:, :60].repeat(2, 1), torch.ones(2, 60, dtype=torch.int64)
+    mask[0, :25] = 0
+    for options in ({"max_new_tokens": 20}, {"max_new_tokens": 8, "num_beams": 3}):
+        options |= {"do_sample": False, "eos_token_id": None}
+        found = model.generate(both, attention_mask=mask, **options)
+        assert torch.equal(found, theirs.generate(both, attention_mask=mask, **options))
 
 
 def is_new(name):
