@@ -350,7 +350,7 @@ class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
 
         Reading looks rows up in the weight; hooks of this module are not called.
         """
-        table = self.model.weights["embed_tokens"]
+        table = self._table("embed_tokens")
         rows, d = table.shape
         view = nn.Embedding(rows, d, device="meta")
         view.weight = table
@@ -358,7 +358,7 @@ class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The output projection as a module: a view, as that of `get_input_embeddings`."""
-        table = self.model.weights[self._output_name()]
+        table = self._table(self._output_name())
         rows, d = table.shape
         view = nn.Linear(d, rows, bias=False, device="meta")
         view.weight = table
@@ -376,6 +376,14 @@ class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
         """Take another output projection; where it is tied, another table of embeddings."""
         self._set_table(self._output_name(), new_embeddings)
 
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a weight, and its name there: of a bare one, or in a module."""
+        leaf = getattr(self.model.weights, name)
+        return (leaf, "weight") if isinstance(leaf, nn.Module) else (self.model.weights, name)
+
+    def _table(self, name: str) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(*self._place(name)))
+
     def _output_name(self) -> str:
         return "embed_tokens" if self.model.config.backbone.tie_word_embeddings else "lm_head"
 
@@ -386,7 +394,8 @@ class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
                 f"the module's weight is {shown(getattr(weight, 'shape', weight))}; expected [rows, "
                 f"{d}], a row for each token."
             )
-        self.model.weights.register_parameter(name, cast(nn.Parameter, weight))
+        owner, attribute = self._place(name)
+        owner.register_parameter(attribute, cast(nn.Parameter, weight))
         if name == "embed_tokens":
             self.config.vocab_size = len(weight)
             self.model.config = self.config.to_comet()
