@@ -218,7 +218,7 @@ def test_hidden_states_are_those_of_text_tokens(data):
     for states in out.hidden_states:
         assert states.shape == (*ids.shape, config.backbone.hidden_size)
         assert (states[~is_text] == 0).all()
-    table = model.model.weights["embed_tokens"]
+    table = model.get_input_embeddings().weight
     assert torch.equal(out.hidden_states[0][is_text], table[tensor(ids)[is_text]])
     logits = out.hidden_states[-1] @ model.get_output_embeddings().weight.T
     expected = model(tensor(ids), tensor(mask)).logits

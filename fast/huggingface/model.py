@@ -26,9 +26,9 @@ from reference.config import MemoryConfig
 
 from ..arrays import shown
 from ..inputs import IGNORE, check_ids, check_kind, check_labels, check_vocabulary
-from ..layers import rms_norm, take_slots
+from ..layers import rms_norm, take_slots, tensor_of
 from ..model import CoMeTModel, for_gradients, predict, shift_labels, sum_of_losses
-from ..parameters import ParameterTree
+from ..parameters import ParameterTree, Vector
 from ..state import CoMeTState
 from ..stream import Reading, join, read
 from .cache import CoMeTCache
@@ -137,7 +137,7 @@ class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """As `reference.parameters.initialize` starts them."""
-        if not isinstance(module, ParameterTree):
+        if not isinstance(module, (ParameterTree, Vector)):
             super()._init_weights(module)
             return
         for name, parameter in module.named_parameters(recurse=False):
@@ -339,66 +339,48 @@ class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
             raise ValueError(f"every_n_layers is {shown(every_n_layers)}; expected 1, every layer.")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
-    def enable_input_require_grads(self) -> None:
-        """Do nothing: gradients reach what is trained through frozen weights as it is.
-
-        Elsewhere it is for use_reentrant=True, and hooks the module of the embeddings.
-        """
-
     def get_input_embeddings(self) -> nn.Module:
-        """The table of embeddings as a module: a view, whose `weight` is the model's own.
-
-        Reading looks rows up in the weight; hooks of this module are not called.
-        """
-        table = self._table("embed_tokens")
-        rows, d = table.shape
-        view = nn.Embedding(rows, d, device="meta")
-        view.weight = table
-        return view
+        """The module of the embeddings."""
+        return cast(nn.Module, self.model.weights["embed_tokens"])
 
     def get_output_embeddings(self) -> nn.Module:
-        """The output projection as a module: a view, as that of `get_input_embeddings`."""
-        table = self._table(self._output_name())
-        rows, d = table.shape
-        view = nn.Linear(d, rows, bias=False, device="meta")
-        view.weight = table
+        """The output projection as a module; where it is tied, a view of the embeddings, whose
+        hooks are not called.
+        """
+        if not self.model.config.backbone.tie_word_embeddings:
+            return cast(nn.Module, self.model.weights["lm_head"])
+        table = tensor_of(self.model.weights["embed_tokens"])
+        view = nn.Linear(table.shape[1], table.shape[0], bias=False, device="meta")
+        view.weight = cast(nn.Parameter, table)
         return view
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Take another table of embeddings, of any number of rows: the vocabulary.
+        """Take another module of embeddings, of any number of rows: the vocabulary.
 
         Raises:
             ValueError: its weight has no rows of the hidden size.
         """
-        self._set_table("embed_tokens", value)
+        self.model.weights.embed_tokens = self._checked(value)
+        self.config.vocab_size = len(tensor_of(value))
+        self.model.config = self.config.to_comet()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Take another output projection; where it is tied, another table of embeddings."""
-        self._set_table(self._output_name(), new_embeddings)
+        """Take another output projection; where it is tied, its weight for the embeddings'."""
+        if self.model.config.backbone.tie_word_embeddings:
+            table = tensor_of(self._checked(new_embeddings))
+            self.set_input_embeddings(nn.Embedding.from_pretrained(table, freeze=False))
+        else:
+            self.model.weights.lm_head = self._checked(new_embeddings)
 
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        """The module that holds a weight, and its name there: of a bare one, or in a module."""
-        leaf = getattr(self.model.weights, name)
-        return (leaf, "weight") if isinstance(leaf, nn.Module) else (self.model.weights, name)
-
-    def _table(self, name: str) -> nn.Parameter:
-        return cast(nn.Parameter, getattr(*self._place(name)))
-
-    def _output_name(self) -> str:
-        return "embed_tokens" if self.model.config.backbone.tie_word_embeddings else "lm_head"
-
-    def _set_table(self, name: str, module: nn.Module) -> None:
-        weight, d = module.weight, self.config.hidden_size
+    def _checked(self, module: nn.Module) -> nn.Module:
+        """The module, which has a weight with rows of the hidden size."""
+        weight, d = getattr(module, "weight", None), self.config.hidden_size
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != d:
             raise ValueError(
                 f"the module's weight is {shown(getattr(weight, 'shape', weight))}; expected [rows, "
                 f"{d}], a row for each token."
             )
-        owner, attribute = self._place(name)
-        owner.register_parameter(attribute, cast(nn.Parameter, weight))
-        if name == "embed_tokens":
-            self.config.vocab_size = len(weight)
-            self.model.config = self.config.to_comet()
+        return module
 
 
 def _refuse(others: dict[str, Any]) -> None:
