@@ -74,15 +74,24 @@ class Start:
     """What it makes of the weights that `from_backbone` starts."""
 
 
+NO_TOKENS: dict[str, Any] = {"compression_stride": 0}
+"""No compression tokens."""
+
 STARTS = (
-    Start("the backbone in chunks, no memory", {"global_memory_size": 0, "compression_stride": 0}),
+    Start("the backbone in chunks, no memory", NO_TOKENS | {"global_memory_size": 0}),
     Start("the published start", {}, _published),
     Start("the mean of the vocabulary for all new tokens", {}, _mean),
     Start("zeros for all new tokens", {}, _zeros),
     Start("`from_backbone`"),
-    Start("`from_backbone`, `sink_slot=True`", {"sink_slot": True}),
-    Start("`from_backbone`, s = 0, m = 1", {"global_memory_size": 1, "compression_stride": 0}),
-    Start("`from_backbone`, s = 0, m = 8", {"global_memory_size": 8, "compression_stride": 0}),
+    Start("`from_backbone`, a sink", {"sink_slot": True}),
+    Start("`from_backbone`, m = 8", {"global_memory_size": 8}),
+    Start("`from_backbone`, m = 8, a sink", {"global_memory_size": 8, "sink_slot": True}),
+    Start("`from_backbone`, s = 0, m = 1", NO_TOKENS | {"global_memory_size": 1}),
+    Start("`from_backbone`, s = 0, m = 8", NO_TOKENS | {"global_memory_size": 8}),
+    Start(
+        "`from_backbone`, s = 0, m = 8, a sink",
+        NO_TOKENS | {"global_memory_size": 8, "sink_slot": True},
+    ),
 )
 """What is compared. The first is what the others are held against."""
 
