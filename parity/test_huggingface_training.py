@@ -7,6 +7,7 @@ import sys
 
 import accelerate
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -396,3 +397,52 @@ def test_without_transformers_the_package_to_install_is_named():
     )
     told = 'ImportError: fast.huggingface needs transformers; run pip install "comet-memory[huggingface]"'
     assert run.stderr.splitlines()[-1].startswith(told)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("whole", [None, ["global_memory", "readout_embeddings"]])
+def test_peft_adapts_the_model_of_transformers(make_config, tmp_path, whole):
+    """Exact at its start; what it trains makes a difference, is saved, read, merged, and decodes."""
+    torch.manual_seed(0)
+    base = wrapped(make_config({"tie_word_embeddings": True}), 1, torch.float64).eval()
+    ids = tensor(np.random.default_rng(3).integers(0, 11, (2, 25)))
+    expected = base(ids).logits.detach()
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"], modules_to_save=whole
+    )
+    model = peft.get_peft_model(base, lora)
+    assert_near(model(ids).logits.detach(), expected, "at its start", 1e-9)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=3,
+        learning_rate=0.1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        activation_checkpointing=True,
+    )
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(model, arguments, train_dataset=data).train()
+    model.eval()
+    after = model(ids).logits.detach()
+    assert not torch.allclose(after, expected, atol=1e-2)
+    model.save_pretrained(tmp_path)
+    fresh = wrapped(make_config({"tie_word_embeddings": True}), 1, torch.float64).eval()
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    assert_near(again(ids).logits.detach(), after, "loaded", 1e-9)
+    answer = model.generate(input_ids=ids, max_new_tokens=9, do_sample=False)
+    merged = model.merge_and_unload()
+    assert type(merged) is CoMeTForCausalLM
+    assert_near(merged(ids).logits.detach(), after, "merged", 1e-9)
+    assert torch.equal(merged.generate(ids, max_new_tokens=9, do_sample=False), answer)
+
+
+@pytest.mark.host
+def test_hooks_of_the_embeddings_and_layers_fire(make_config):
+    model, seen = wrapped(make_config()).eval(), []
+    model.get_input_embeddings().register_forward_hook(lambda *_: seen.append("embeddings"))
+    model.model.weights["layers"][0].register_forward_hook(lambda *_: seen.append("layer"))
+    model(tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]]))
+    size = model.config.chunk_size
+    rounds = -(-9 // size)
+    assert seen == ["embeddings", "layer"] * rounds
