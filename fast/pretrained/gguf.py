@@ -160,9 +160,8 @@ def read_gguf(path: Path) -> Backbone:
     if family == "llama" and scaling == "none" and found.pop(DIVISORS, None):
         divisors = np.asarray(stored.pop(DIVISORS).data, np.float64)
         data["rope_scaling"] = LLAMA3 | {"factor": float(divisors.max(initial=0))}
-    config = backbone_config(
-        data, path
-    )  # of SmolLM3 each fourth layer unrotated, as llama.cpp has it
+    # Of SmolLM3 it does not say which layers rotate: as in llama.cpp, each fourth does not.
+    config = backbone_config(data, path)
     if divisors is not None:
         _check_divisors(divisors, config, path)
     turned = fields.get(f"{family}.rope.dimension_count", config.head_dim)
