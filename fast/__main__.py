@@ -19,6 +19,7 @@ from reference.config import MemoryConfig
 
 from . import reading, watch
 from .bench import devices as bench_devices
+from .bench import pretrained as bench_pretrained
 from .bench import report as bench_report
 from .bench import starts
 from .files import atomic_write, check_writable
@@ -117,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
                        "GPU, or a few rows on the CPU (default: PyTorch alone)")  # fmt: skip
     bench.add_argument("--quick", action="store_true", help="a few rows, in minutes")
     bench.add_argument("--page", type=Path, help="a Markdown page to put tables and pictures into")
+    bench.add_argument("--backbone", type=Path, metavar="SOURCE", help="instead, a pretrained model's "
+                       "folder or GGUF file, with memories, beside itself in transformers")  # fmt: skip
+    bench.add_argument("--dtype", choices=reading.DTYPES, default="float32", help="of that backbone "
+                       "(default: %(default)s)")  # fmt: skip
     bench.set_defaults(run=_bench)
 
     tasks = commands.add_parser(
@@ -298,6 +303,13 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.backbone is not None:
+        keep_memory()
+        sizes: dict[str, Any] = {"length": 2048, "new": 16, "rounds": 1} if args.quick else {}
+        dtype = getattr(torch, args.dtype)
+        found = bench_pretrained.measure(args.backbone, dtype=dtype, **sizes)
+        print(f"\n{bench_pretrained.table(found)}\n\n{machine(threads())}")
+        return
     if args.device is not None:
         bench_devices.check_device(args.device)
     folder = args.out.joinpath(args.device or "", "quick" if args.quick else "")

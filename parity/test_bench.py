@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from fast import MemoryConfig
 from fast.__main__ import main
-from fast.bench import devices, report, speed
+from fast.bench import devices, pretrained, report, speed
 from fast.bench.speed import MEMORIES, Case, Timed, chunk_work, take_turns
 from fast.cupy_engine import CoMeTEngine
 from fast.cupy_engine import engine as engine_module
+
+from .test_backbones import small
 
 pytestmark = pytest.mark.host
 
@@ -296,3 +299,40 @@ print(kept, faults())
         found[who] = kept == "True", int(faults)
     if found["asked"][0]:  # glibc
         assert found["asked"][1] < 0.1 * found["nobody"][1]
+
+
+def test_a_backbone_is_timed_beside_itself_in_transformers(tmp_path, capsys, monkeypatch):
+    """The same weights: without memories, ours chooses their tokens, or nothing is timed."""
+    path = tmp_path / "backbone"
+    model = small("llama")
+    model.save_pretrained(path)
+    memory = MemoryConfig(chunk_size=8, global_memory_size=2, temporary_memory_size=4)
+    sizes = {"length": 40, "context": 12, "new": 5, "rounds": 2, "memory": memory}
+    found = pretrained.measure(path, **sizes)
+    assert {*found.reading.seconds} == {*found.decoding.seconds} == {"transformers", "CoMeT"}
+    assert all(len(turns) == 2 for turns in found.reading.seconds.values())
+    heads = model.config.num_key_value_heads * model.config.head_dim
+    assert found.held["transformers"] == 2 * 2 * 4 * 40 * heads
+    assert found.held["CoMeT"] < found.held["transformers"]
+
+    timed = Timed({"transformers": [3.0], "CoMeT": [1.5]})
+    told = pretrained.Measured(600, 100, 6, timed, timed, {"transformers": 20, "CoMeT": 5})
+    lines = pretrained.table(told).splitlines()
+    assert lines[2].startswith("| transformers | 3.0 s, 200 tokens/s | 3.0 s, 2 tokens/s | 0.0 MB")
+    assert lines[4] == "| times | 2.00 | 2.00 | 4.0 |"
+
+    measure = pretrained.measure
+    monkeypatch.setattr(pretrained, "measure", lambda path, **_: measure(path, **sizes))
+    monkeypatch.setattr("fast.__main__.keep_memory", lambda: None)
+    main(["bench", "--backbone", str(path), "--quick"])
+    assert "| reading 40 tokens |" in capsys.readouterr().out
+
+    other = tmp_path / "other"
+    random = small("llama")
+    with torch.no_grad():
+        random.lm_head.weight.neg_()
+    random.save_pretrained(other)
+    theirs = pretrained.load_theirs
+    monkeypatch.setattr(pretrained, "load_theirs", lambda _, dtype: theirs(other, dtype))
+    with pytest.raises(AssertionError, match="do not choose the same tokens"):
+        pretrained.measure(path, **sizes)
