@@ -18,7 +18,15 @@ from fast import CoMeTConfig, CoMeTModel, MemoryConfig
 from fast.__main__ import main
 from fast.pretrained.memories import load_memories, memory_names
 from fast.pretrained.text import ByteText
-from fast.tasks.memories import Recipe, Trainer, hide_key, read_tokens, split_tokens, table
+from fast.tasks.memories import (
+    Recipe,
+    Trainer,
+    hide_key,
+    read_tokens,
+    repeat_passages,
+    split_tokens,
+    table,
+)
 from fast.tasks.memories_report import READERS, Measured, Setting, measure, read_stream, read_window
 from fast.tasks.memories_report import table as report_table
 from fast.tasks.passkey import LARGEST_KEY
@@ -161,6 +169,20 @@ def test_a_key_is_where_it_is_said_to_be(data, seed):
     assert text.strip("x\n") == f"The pass key is{answer}. Remember it.{answer} is the pass key."
     assert abs(text.index("\nThe") - depth * (length - len(text.strip("x")))) <= 1
     assert bytes(found.question.tolist()).decode().endswith("The pass key is")
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.integers(1, 40), seeds)
+def test_passages_stand_again_later(n, share, size, seed):
+    """Each in place of what was there, at least its size away, and no more than the share of all."""
+    prose = np.arange(n)
+    found = repeat_passages(prose, share, size, np.random.default_rng(seed))
+    assert np.array_equal(prose, np.arange(n))
+    changed = found != prose
+    assert changed.sum() <= share * n
+    assert (found[changed] <= np.flatnonzero(changed) - size).all()
+    if share * n >= size and n >= 3 * size:
+        several = [repeat_passages(prose, share, size, np.random.default_rng(i)) for i in range(20)]
+        assert any((x != prose).any() for x in several)
 
 
 def test_a_text_too_long_for_the_prose_is_refused():

@@ -1,9 +1,10 @@
 """Train the memories of a pretrained backbone, which stays as it is: `train`.
 
-Each step reads one text, prose with a pass key hidden in it, and then asks for the key. Two losses:
-that of every token of the prose, which teaches the memories to disturb little and to tell of what is
-gone; and that of the key's tokens, which teaches them to keep what is asked for. The gradient goes
-back through the whole text. Only the memories' own weights move, so what is trained is a file of a
+Each step reads one text, prose with a pass key hidden in it, and then asks for the key. Some passages
+of the prose stand there twice, so that much can be told from what is gone. Two losses: that of every
+token of the prose, which teaches the memories to disturb little and to tell of what is gone; and that
+of the key's tokens, which teaches them to keep what is asked for. The gradient goes back through the
+whole text. Only the memories' own weights move, so what is trained is a file of a
 few megabytes (`CoMeTModel.save_memories`).
 """
 
@@ -38,6 +39,7 @@ __all__ = [
     "Trainer",
     "hide_key",
     "read_tokens",
+    "repeat_passages",
     "split_tokens",
     "table",
 ]
@@ -72,6 +74,12 @@ class Recipe:
 
     answer_weight: float = 0.5
     """Of the loss of the key's tokens, beside that of the prose."""
+
+    repeated: float = 0.3
+    """Share of a text that is written over by passages from before."""
+
+    passage: int = 48
+    """Tokens of such a passage."""
 
     autocast: bool = True
     """Whether products are computed in bfloat16, which takes half the time where a processor has it;
@@ -118,6 +126,28 @@ def split_tokens(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids[:end], ids[end:]
 
 
+def repeat_passages(
+    prose: np.ndarray, share: float, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Prose in which some passages stand again later, in place of what was there.
+
+    Args:
+        prose: [n] token ids; they are left as they are.
+        share: of the tokens that are written over, at most.
+        size: tokens of a passage.
+        rng: source of the places.
+
+    Returns:
+        [n].
+    """
+    found = prose.copy()
+    for _ in range(int(share * len(prose)) // size):
+        first, again = np.sort(rng.integers(len(prose) - size + 1, size=2))
+        if again - first >= size:
+            found[again : again + size] = found[first : first + size]
+    return found
+
+
 def hide_key(
     prose: np.ndarray,
     length: int,
@@ -125,6 +155,7 @@ def hide_key(
     text: Any,
     rng: np.random.Generator,
     split: str = "train",
+    repeats: tuple[float, int] | None = None,
 ) -> KeyText:
     """A part of some prose with a pass key in it.
 
@@ -135,6 +166,7 @@ def hide_key(
         text: what makes tokens, see `open_text`.
         rng: source of the part and the key.
         split: of the keys, see `draw_number`.
+        repeats: share and size of `repeat_passages`; None leaves the part as it is.
 
     Raises:
         ValueError: the prose is shorter than the text.
@@ -149,6 +181,8 @@ def hide_key(
         )
     start = int(rng.integers(len(prose) - rest + 1))
     part, place = prose[start : start + rest], round(depth * rest)
+    if repeats is not None:
+        part = repeat_passages(part, *repeats, rng)
     asked, told = (text.encode(words) for words in ("\n" + QUESTION, f" {key}"))
     return KeyText(
         np.concatenate([part[:place], sentence, part[place:]]),
@@ -263,7 +297,8 @@ class Trainer:
         rng = np.random.default_rng([recipe.seed, number])
         size = recipe.memory.chunk_size
         length = int(rng.integers(size, recipe.chunks * size + 1))
-        text = hide_key(self.prose, length, rng.random(), self.text, rng)
+        repeats = (recipe.repeated, recipe.passage)
+        text = hide_key(self.prose, length, rng.random(), self.text, rng, repeats=repeats)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=recipe.autocast):
             prose, key = self.losses(text)
         rate = min(1.0, (number + 1) / recipe.warmup) * (1 - number / recipe.steps)
