@@ -51,8 +51,8 @@ FAULTS = {
     ),
     "rotary tables made in the half type": (
         "stream.py",
-        "dtype = torch.promote_types(table.dtype, torch.float32)",
-        "dtype = table.dtype",
+        "dtype = torch.promote_types(like.dtype, torch.float32)",
+        "dtype = like.dtype",
         "test_half_types::test_heads_are_turned_by_tables_of_float32",
     ),
     "the queue's epsilon wrong": (
@@ -471,8 +471,8 @@ FAULTS = {
     ),
     "rope_theta looked for where transformers 4 had it": (
         "pretrained/backbones.py",
-        'scaling.get("rope_theta", data.get("rope_theta", 10000.0))',
-        'data.get("rope_theta", 10000.0)',
+        'scaling.get("rope_theta", data.get("rope_theta", usual))',
+        'data.get("rope_theta", usual)',
         "test_backbones::test_a_backbone_computes_what_it_does_in_transformers",
     ),
     "what recomputation leaves out: the memories' keys and values": (

@@ -400,6 +400,7 @@ def test_without_transformers_the_package_to_install_is_named():
 
 
 @pytest.mark.host
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks for it
 @pytest.mark.parametrize("whole", [None, ["global_memory", "readout_embeddings"]])
 def test_peft_adapts_the_model_of_transformers(make_config, tmp_path, whole):
     """Exact at its start; what it trains makes a difference, is saved, read, merged, and decodes."""

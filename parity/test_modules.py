@@ -76,6 +76,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("adapter")
 
 
+@pytest.mark.host  # the pretend device has no deep copies
 @settings(max_examples=max(10, settings.default.max_examples // 4))
 @given(adapted(), seeds)
 def test_peft_adapts_the_projections_and_trains_the_memories(folder, case, seed):
@@ -208,6 +209,7 @@ def test_a_quantiser_finds_every_matrix(model, ids):
     assert 1e-4 < share < 0.2, f"eight bits move the logits by {share:.1%}"
 
 
+@pytest.mark.host  # the pretend device has no deep copies
 def test_copies_and_files_of_others_are_the_model(model, ids, tmp_path):
     """`copy.deepcopy`, `state_dict` and `safetensors.torch.save_model`."""
     expected = model(ids).logits
@@ -222,6 +224,7 @@ def test_copies_and_files_of_others_are_the_model(model, ids, tmp_path):
     assert torch.equal(copy.deepcopy(other)(ids).logits, expected)
 
 
+@pytest.mark.host  # the pretend device has no deep copies
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad])
 def test_a_functional_call_takes_the_weights_it_is_given(model, ids, mode):
     doubled = {name: 2 * p.detach() for name, p in model.named_parameters() if "down_proj" in name}

@@ -53,7 +53,7 @@ def test_what_read_yields_is_the_top_layer_s_output(case):
     rounds = list(fast.read(tensor([ids]), model.new_state(), model.weights, config))
     assert_near(fast.join(rounds, len(ids))[0], expected, "hidden")
     assert sum(int(r.row.take) for r in rounds) == len(ids)
-    embeddings = model.weights["embed_tokens"][tensor([ids])]
+    embeddings = model.weights["embed_tokens"](tensor([ids]))
     given = list(fast.read(embeddings, model.new_state(), model.weights, config))
     assert torch.equal(fast.join(given, len(ids)), fast.join(rounds, len(ids)))
 
