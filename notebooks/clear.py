@@ -11,7 +11,7 @@ import nbformat
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    "language_info": {"name": "python", "pygments_lexer": "ipython3"},
 }
 """What stays: which kernel runs a notebook."""
 
