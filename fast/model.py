@@ -641,7 +641,9 @@ class CoMeTModel(nn.Module):
         from .pretrained.backbones import plug_in, read_backbone
         from .pretrained.memories import load_memories, put_memories
 
-        check_kind("memory", memory, (MemoryConfig, str, Path), "a MemoryConfig, or a file of one")
+        check_kind(
+            "memory", memory, (MemoryConfig, str, Path), "a MemoryConfig, or a file of memories"
+        )
         check_count("seed", seed, 0)
         if dtype is not None:
             check_kind("dtype", dtype, torch.dtype, "a dtype of PyTorch's, e.g. torch.float32")

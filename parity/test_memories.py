@@ -131,7 +131,9 @@ def test_what_is_no_file_of_memories_is_refused(backbone, tmp_path):
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="is damaged"):
         CoMeTModel.from_backbone(backbone, path)
-    with pytest.raises(ValueError, match="memory is a int; expected a MemoryConfig, or a file"):
+    with pytest.raises(
+        ValueError, match="memory is a int; expected a MemoryConfig, or a file of memories"
+    ):
         CoMeTModel.from_backbone(backbone, 3)
     with torch.no_grad():
         model.weights["compression_embedding"].weight[0] = torch.nan

@@ -78,6 +78,18 @@ def _decode(model: Any, cache: Any, token: Tensor, new: int) -> Tensor:
     return torch.cat(tokens, dim=1)[0]
 
 
+@torch.inference_mode()
+def _check_same(backbone: Path, prompt: Tensor, last: Tensor, new: int) -> None:
+    """Raise AssertionError unless both choose the same tokens in float32, ours without memories."""
+    plain = MemoryConfig(chunk_size=2**40, global_memory_size=0, compression_stride=0)
+    alone = CoMeTModel.from_backbone(backbone, plain, torch.float32)
+    theirs = load_theirs(backbone, torch.float32)
+    cache = theirs(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
+    expected = _decode(theirs, cache, last, new).tolist()
+    if alone.generate(last, alone(prompt, logits="none").state, new).ids[0] != expected:
+        raise AssertionError("the two models do not choose the same tokens.")
+
+
 def measure(
     backbone: Path,
     *,
@@ -101,15 +113,13 @@ def measure(
         AssertionError: without memories, in one chunk, ours does not choose the tokens that theirs
             does.
     """
-    plain = MemoryConfig(chunk_size=2**40, global_memory_size=0, compression_stride=0)
-    ours, theirs = (
-        CoMeTModel.from_backbone(backbone, memory, dtype),
-        load_theirs(backbone, dtype),
-    )
-    config = ours.config.backbone
+    ours = CoMeTModel.from_backbone(backbone, memory, dtype)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, max(length, context)), generator=generator)
+    size = (1, max(length, context))
+    ids = torch.randint(ours.config.backbone.vocab_size, size, generator=generator)
     text, prompt, last = ids[:, :length], ids[:, : context - 1], ids[:, context - 1 : context]
+    _check_same(backbone, prompt, last, new)
+    theirs = load_theirs(backbone, dtype)
     held: dict[str, int] = {}
 
     def read_theirs() -> None:
@@ -124,15 +134,6 @@ def measure(
         held["CoMeT"] = ours(text, logits="last").state.num_bytes
 
     with torch.inference_mode():
-        alone = CoMeTModel.from_backbone(backbone, plain, torch.float32)
-        exact = load_theirs(backbone, torch.float32)
-        start = exact(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
-        expected = _decode(exact, start, last, new).tolist()
-        state = alone(prompt, logits="none").state
-        if alone.generate(last, state, new).ids[0] != expected:
-            raise AssertionError("the two models do not choose the same tokens.")
-        del alone, exact, start
-
         reading = take_turns({"transformers": read_theirs, "CoMeT": read_ours}, rounds)
         state = ours(prompt, logits="none").state
 

@@ -114,13 +114,13 @@ class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
     def from_backbone(
         cls,
         source: str | Path | nn.Module,
-        memory: MemoryConfig,
+        memory: MemoryConfig | str | Path,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         **options: Any,
     ) -> Self:
-        """A pretrained model with fresh memories, to be trained: `CoMeTModel.from_backbone`, and how
-        the backbone generates.
+        """A pretrained model with memories, fresh or trained: `CoMeTModel.from_backbone`, and how the
+        backbone generates.
 
         Args:
             source: a folder as transformers writes it, a GGUF file, or a model of transformers.

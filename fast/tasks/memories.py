@@ -314,7 +314,7 @@ class Trainer:
         return found
 
     def losses(self, text: KeyText) -> tuple[Tensor, Tensor]:
-        """Mean negative log likelihood of a text's tokens, and of the key's, in nats."""
+        """Mean negative log likelihood of a text's tokens, and of the key's: scalars, in nats."""
         ids = torch.from_numpy(text.text)[None]
         read = self.model(ids, labels=ids, logits="none")
         asked = torch.from_numpy(np.concatenate([text.question, text.answer]))[None]

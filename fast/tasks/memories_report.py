@@ -149,7 +149,16 @@ def read_window(model: CoMeTModel, size: int, before: int, ids: Tensor, last: in
 
 
 def readers(backbone: Path, memories: Path) -> dict[str, Reader]:
-    """The five, on one copy of the backbone's weights."""
+    """The five, by name.
+
+    Args:
+        backbone: a folder or a GGUF file.
+        memories: a file of `CoMeTModel.save_memories`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file does not fit.
+    """
     trained = CoMeTModel.from_backbone(backbone, memories)
     memory = trained.config.memory
     size, budget = memory.chunk_size, memory.temporary_memory_size + memory.global_memory_size
