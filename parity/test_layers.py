@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fast import layers as fast
+from fast.layers import FEW, LARGE
 from reference import layers as spec
 
 from .assertions import YARDSTICK, assert_at_most, assert_near, assert_twin, typical_error
@@ -58,6 +59,26 @@ def test_adapter_linear_sigmoid(seed, d, r):
 
 
 @pytest.mark.host
+@pytest.mark.host
+@pytest.mark.parametrize("rows", [0, 1, 2, FEW, FEW + 1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_few_rows_are_multiplied_as_many_are(rows, biased):
+    """By weights that are large enough for the product to be another one; gradients too."""
+    rng = np.random.default_rng(rows)
+    weight, bias = rng.normal(size=(LARGE // 256, 256)), rng.normal(size=LARGE // 256)
+    x = rng.normal(size=(1, rows, 256))
+    expected = spec.linear(x[0], weight) + biased * bias
+    tensors = [torch.tensor(t, dtype=torch.float32, requires_grad=True) for t in (x, weight, bias)]
+    found = fast.linear(*tensors[: 2 + biased])
+    assert found.shape == (1, rows, LARGE // 256)
+    assert_near(found[0].detach().numpy(), expected, "product", 1e-5)
+    found.sum().backward()
+    sums = np.broadcast_to(x.sum(1), weight.shape)
+    for t, grad in zip(tensors, (weight.sum(0), sums, np.full(len(bias), rows)), strict=True):
+        if t.grad is not None:
+            assert_near(t.grad.numpy(), np.broadcast_to(grad, t.shape), "gradient", 1e-4)
+
+
 @given(backbones(), st.integers(0, 100_000))
 def test_rotary_table_and_frequencies(backbone, start):
     positions = np.arange(start, start + 5)
