@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reference.config import CoMeTConfig
 
@@ -24,13 +25,33 @@ from .temporary_memory import update_temporary
 if TYPE_CHECKING:
     from .recorder import Recorder
 
-__all__ = ["embed", "run_layer", "run_layers"]
+__all__ = ["embed", "recompute", "recompute_from_host", "run_layer", "run_layers"]
 
 Rotation = tuple[Tensor, Tensor]
 Tensors = tuple[Tensor, ...]
 
 Recompute = Callable[..., Any]
 """Called with a function and its arguments, as `torch.utils.checkpoint.checkpoint` is."""
+
+
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function, of which the backward pass keeps the arguments alone: it calls it again."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def recompute_from_host(function: Callable[..., Any], *args: Any) -> Any:
+    """As `recompute`, the arguments that a gradient goes to kept in the memory of the host."""
+    places = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
+    devices = [args[i].device for i in places]
+
+    def from_host(*kept: Any) -> Any:
+        moved = list(kept)
+        for i, device in zip(places, devices, strict=True):
+            moved[i] = moved[i].to(device)
+        return function(*moved)
+
+    kept = [x.to("cpu") if i in places else x for i, x in enumerate(args)]
+    return recompute(from_host, *kept)
 
 
 def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:

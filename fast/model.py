@@ -16,6 +16,7 @@ from reference.config import CoMeTConfig, MemoryConfig
 from reference.parameters import map_parameters, shapes
 
 from .arrays import FLOATS, dtype_name, shown, to_host
+from .cells import Recompute, recompute, recompute_from_host
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .compiling import untraced
 from .inputs import (
@@ -54,6 +55,15 @@ __all__ = [
     "sum_of_losses",
 ]
 
+
+SCORED = 256
+"""Tokens whose logits are held at once, where they are computed again in the backward pass."""
+
+RECOMPUTE: dict[bool | str, Recompute | None] = {
+    False: None,
+    True: recompute,
+    "host": recompute_from_host,
+}
 
 _check_call, _check_logits = untraced()(check_call), untraced()(check_logits)
 
@@ -307,6 +317,7 @@ class CoMeTModel(nn.Module):
         chunk_sizes: Sequence[int] | None = None,
         backprop_chunks: int | None = None,
         *,
+        recompute: bool | str = False,
         recorder: Recorder | None = None,
     ) -> CoMeTOutput:
         """Read text.
@@ -330,6 +341,10 @@ class CoMeTModel(nn.Module):
             backprop_chunks: gradients are cut at every so many chunk borders of a stream, counted
                 from its start; None never cuts. What a loss or logits depend on is kept all the
                 same: `windows` keeps one window. 1 trains nothing that writes a memory, see there.
+            recompute: whether what a backward pass needs of a cell, one layer of one chunk, is its
+                input alone, and the rest is computed again then: memory for time, and the same
+                numbers. "host" keeps the inputs in the host's memory. Of the loss, the logits of a
+                few tokens at a time are held.
             recorder: what watches, see `Recorder`.
 
         Returns:
@@ -339,7 +354,7 @@ class CoMeTModel(nn.Module):
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, state, targets, options = self._check_reading(
-            ids, labels, lengths, state, chunk_sizes, backprop_chunks, recorder
+            ids, labels, lengths, state, chunk_sizes, backprop_chunks, recompute, recorder
         )
         check_choice("logits", logits, ("all", "last", "none"))
         params, config = self.weights, self.config
@@ -351,7 +366,7 @@ class CoMeTModel(nn.Module):
         for part in read(ids, state, params, config, outputs=outputs, recorder=recorder, **options):
             state = part.state
             if targets is not None:
-                nats = nats + self._score(part, targets)[0]
+                nats = nats + self._score(part, targets, options["recompute"])[0]
             if logits == "all":
                 parts.append(part)
             elif logits == "last":
@@ -373,6 +388,7 @@ class CoMeTModel(nn.Module):
         chunk_sizes: Sequence[int] | None = None,
         *,
         backprop_chunks: int,
+        recompute: bool | str = False,
     ) -> Iterator[CoMeTWindow]:
         """Read a text of any length for training, a window of chunks at a time.
 
@@ -394,6 +410,7 @@ class CoMeTModel(nn.Module):
                 memory**: the readout embeddings, the norm and the gate of the global memory, and
                 the norm and the adapter of the temporary memory get no gradient, or one of zero. 2
                 trains all parameters, to remember one chunk back.
+            recompute: as in a call.
 
         Yields:
             A `CoMeTWindow` each. In a ragged batch, those with no text left wait, as do those
@@ -406,7 +423,7 @@ class CoMeTModel(nn.Module):
         check_count("backprop_chunks", backprop_chunks, 1)
         check_kind("labels", labels, Tensor, "a tensor like ids, such as ids itself")
         ids, state, targets, options = self._check_reading(
-            ids, labels, lengths, state, chunk_sizes, backprop_chunks
+            ids, labels, lengths, state, chunk_sizes, backprop_chunks, recompute
         )
         assert targets is not None  # there are labels
         return self._windows(ids, state, targets, options)
@@ -419,7 +436,7 @@ class CoMeTModel(nn.Module):
         none = widen(self.weights["norm"]).new_zeros(()), torch.zeros_like(text_labels)
         (nats, num_labels), tokens = none, state.tokens
         for part in read(ids, state, self.weights, self.config, cuts_all=True, **options):
-            score = self._score(part, targets)
+            score = self._score(part, targets, options["recompute"])
             nats, num_labels, state = nats + score[0], num_labels + score[1], part.state
             # A chunk that was full already may close before any text is read.
             if part.cut and (state.tokens > tokens).any():
@@ -438,6 +455,7 @@ class CoMeTModel(nn.Module):
         state: CoMeTState | None,
         chunk_sizes: Sequence[int] | None,
         backprop_chunks: int | None,
+        recompute: bool | str,
         recorder: Recorder | None = None,
     ) -> tuple[Tensor, CoMeTState, Tensor | None, dict[str, Any]]:
         """What `forward` and `windows` take, checked.
@@ -455,24 +473,40 @@ class CoMeTModel(nn.Module):
         if labels is not None:
             labels = check_labels(labels, ids, sizes, self.config.backbone.vocab_size)
             targets = F.pad(shift_labels(labels, sizes), (0, 1), value=IGNORE)
+        if not isinstance(recompute, (bool, str)) or recompute not in RECOMPUTE:
+            raise ValueError(f"recompute is {shown(recompute)}; expected True, False or 'host'.")
         options: dict[str, Any] = {
             "chunk_sizes": chunk_sizes,
             "backprop_chunks": backprop_chunks,
             "lengths": sizes,
+            "recompute": RECOMPUTE[recompute],
         }
         return ids, for_gradients(state), targets, options
 
     @untraced()
-    def _score(self, part: Reading, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, part: Reading, targets: Tensor, again: Recompute | None
+    ) -> tuple[Tensor, Tensor]:
         """Of a round's labels: the sum of their losses, and how many they are.
 
         Args:
             targets: [b, n + 1] of the call.
+            again: how the loss of a few tokens is called, so that their logits are computed again in
+                the backward pass; None keeps all logits.
         """
         wanted = take_slots(targets, part.row.columns)
         predicted = wanted != IGNORE
-        scores = predict(part.hidden[predicted], self.weights, self.config)
-        return sum_of_losses(scores, wanted[predicted]), predicted.sum()
+        hidden, wanted = part.hidden[predicted], wanted[predicted]
+        if again is None or not torch.is_grad_enabled():
+            return self._score_tokens(hidden, wanted), predicted.sum()
+        nats = widen(hidden).new_zeros(())
+        for tokens, labels in zip(hidden.split(SCORED), wanted.split(SCORED), strict=True):
+            nats = nats + again(self._score_tokens, tokens, labels)
+        return nats, predicted.sum()
+
+    def _score_tokens(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """The sum of the losses of some tokens, [n, d] and [n]."""
+        return sum_of_losses(predict(hidden, self.weights, self.config), wanted)
 
     @untraced(recursive=False)
     def generate(

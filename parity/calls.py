@@ -273,6 +273,8 @@ class World:
             if call.labels is not None:
                 labels = [[int(forms.choice([IGNORE, 3, 99])), *row[1:]] for row in call.labels]
                 arguments["labels"] = placed(labels)
+            if forms.random() < 0.3:
+                arguments["recompute"] = (True, "host", False)[forms.integers(3)]
             out = self.model(**arguments, logits=call.logits)
             after = out.state
         expected, then = [], []

@@ -47,14 +47,15 @@ def assert_derivative(found, direction, expected, what):
     assert_at_most(error, GRADIENT_TOLERANCE, what, next(iter(found.values())))
 
 
-@given(cases(), st.sampled_from([None, None, 1, 2]))
-def test_gradients_along_random_directions(case, backprop_chunks):
+@given(cases(), st.sampled_from([None, None, 1, 2]), st.sampled_from([False, True, "host"]))
+def test_gradients_along_random_directions(case, backprop_chunks, recompute):
+    """What is computed again in the backward pass is the same again."""
     config, seed, ids = case
     ids = ids if len(ids) > 1 else ids * 2
     model = random_model(config, seed)
     params = arrays_of(model)
     options = {"backprop_chunks": backprop_chunks}
-    found = gradients(model, ids, **options)
+    found = gradients(model, ids, **options, recompute=recompute)
     rng = np.random.default_rng(seed)
     for _ in range(2):
         direction = {name: rng.normal(size=p.shape) for name, p in named_parameters(params).items()}
@@ -238,3 +239,25 @@ def test_recomputing_cells_keeps_less_for_the_backward_pass(make_config):
     whole = bytes_kept(lambda: run(None))
     kept = bytes_kept(lambda: run(partial(checkpoint, use_reentrant=False)))
     assert_at_most(kept / whole, 0.15, "bytes kept, of those without")
+
+
+@pytest.mark.host
+def test_a_loss_is_recomputed_without_its_logits(make_config):
+    """Of a large vocabulary, whose logits would be the most by far."""
+    config = make_config({"vocab_size": 5000, "hidden_size": 16}, {"chunk_size": 32})
+    model = random_model(config, 0)
+    ids = torch.arange(160)[None]
+
+    def kept(**options):
+        return bytes_kept(lambda: model(ids, labels=ids, logits="none", **options).loss)
+
+    logits = ids.numel() * 5000 * 8
+    assert kept() > logits
+    assert_at_most(kept(recompute=True) / logits, 0.05, "bytes kept, of the logits'")
+
+
+@pytest.mark.parametrize("wrong", ["cells", 2, None, []])
+def test_what_recompute_may_be(make_config, wrong):
+    model = random_model(make_config(), 0)
+    with pytest.raises(ValueError, match=r"recompute is .*; expected True, False or 'host'"):
+        model(tensor([[1]]), recompute=wrong)

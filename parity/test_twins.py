@@ -84,7 +84,7 @@ def test_the_engine_s_face_is_the_model_s():
         wanted = set(inspect.signature(getattr(CoMeTModel, model)).parameters)
         found = set(inspect.signature(getattr(CoMeTEngine, engine)).parameters)
         assert found <= wanted
-        assert wanted - found <= {"labels", "backprop_chunks"}, "of training"
+        assert wanted - found <= {"labels", "backprop_chunks", "recompute"}, "of training"
 
 
 @pytest.mark.parametrize("module", TWINS)

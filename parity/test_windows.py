@@ -56,12 +56,13 @@ def calls(draw):
     }  # fmt: skip
 
 
-@given(calls())
-def test_windows_add_up_to_one_call(call):
+@given(calls(), st.sampled_from([False, True, "host"]))
+def test_windows_add_up_to_one_call(call, recompute):
+    """Whatever is kept of a window, and whatever is computed again."""
     model, ids, options = call
     whole = model(ids, logits="none", **options)
     windows, nats, labels = [], 0.0, 0
-    for window in model.windows(ids, **options):
+    for window in model.windows(ids, **options, recompute=recompute):
         assert not any(t.requires_grad for t in tensors_of(window.state)), "a state with a graph"
         window.loss.backward()
         windows.append(window)
