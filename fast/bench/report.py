@@ -19,6 +19,7 @@ from . import devices, speed
 from .speed import Case, Timed
 
 __all__ = [
+    "CPU_SECTIONS",
     "DEVICE_JOBS",
     "DEVICE_QUICK",
     "JOBS",
@@ -40,7 +41,7 @@ class Job:
     """One measurement, in a process of its own."""
 
     section: str
-    """Part of the page: "prefill", "length", "decoding", "training", "memory" or "device"."""
+    """Part of the page, one of `MEASURES`."""
 
     case: Case
     """What is measured."""
@@ -54,9 +55,13 @@ MEASURES: dict[str, Callable[..., Any]] = {
     "length": speed.measure_lengths,
     "decoding": speed.measure_decoding,
     "training": speed.measure_training,
+    "graph": speed.measure_graph,
     "memory": speed.measure_memory,
     "device": devices.measure_device,
 }
+
+CPU_SECTIONS = tuple(name for name in MEASURES if name != "device")
+"""Those of PyTorch alone."""
 
 JOBS = (
     *(
@@ -81,6 +86,11 @@ JOBS = (
     Job("training", Case("small", "128/8/16", batch_size=8), (4,)),
     Job("training", Case("5M", "256/32/128"), (4,)),
     *(
+        Job("graph", Case("5M", "256/32/128"), (chunks, kept))
+        for kept in speed.KEPT
+        for chunks in (8, 16, 32, 64)
+    ),
+    *(
         Job("memory", Case("small", "128/8/16"), (length,))
         for length in (10_000, 100_000, 1_000_000)
     ),
@@ -93,6 +103,7 @@ QUICK = (
     Job("length", Case("small", "128/8/16", rounds=3), ([1024, 4096],)),
     Job("decoding", Case("small", "128/8/16", rounds=3), ([1024, 4096], 32)),
     Job("training", Case("small", "128/8/16", rounds=3), (2,)),
+    *(Job("graph", Case("small", "128/8/16"), (chunks, "inputs")) for chunks in (8, 64)),
     *(Job("memory", Case("small", "128/8/16"), (length,)) for length in (10_000, 100_000)),
 )
 """A few of its rows, in minutes."""
@@ -116,16 +127,18 @@ DEVICE_QUICK = tuple(
 """A row for each dtype, which a CPU can do too."""
 
 
-def choose(device: str | None, quick: bool) -> list[Job]:
+def choose(device: str | None, quick: bool, section: str | None = None) -> list[Job]:
     """The jobs of a run.
 
     Args:
+        section: of the page, to measure it alone.
         device: "cuda" or "cpu" puts the engine beside PyTorch there; None is PyTorch alone, on a
             CPU.
         quick: a few rows; of the engine on a CPU there are no others.
     """
     if device is None:
-        return list(QUICK if quick else JOBS)
+        jobs = QUICK if quick else JOBS
+        return [job for job in jobs if section in (None, job.section)]
     jobs = DEVICE_QUICK if quick or device == "cpu" else DEVICE_JOBS
     return [replace(job, case=replace(job.case, device=device)) for job in jobs]
 
@@ -293,6 +306,20 @@ def _training(results: Sequence[dict[str, Any]]) -> str:
     return _table("model | chunk/m/B | ours, tokens/s | literal, tokens/s | faster by", rows)
 
 
+def _graph(results: Sequence[dict[str, Any]]) -> str:
+    """Each text's memory and time; beside the first as long, of which all is kept, in brackets."""
+    whole = {r["more"][0]: r["result"] for r in results if r["more"][1] == "all"}
+    rows = []
+    for r in results:
+        (chunks, kept), found = r["more"], r["result"]
+        times = f" ({found['seconds'] / whole[chunks]['seconds']:.2f})" if chunks in whole else ""
+        rows.append(
+            f"{_name(r)} | {kept} | {chunks} | {found['peak'] / 1e6:,.0f} | {found['seconds']:.1f}"
+            f"{times}"
+        )
+    return _table("model | chunk/m/B | kept | chunks | memory, MB | seconds", rows)
+
+
 def _memory(results: Sequence[dict[str, Any]]) -> str:
     rows = []
     for r in results:
@@ -362,6 +389,7 @@ TABLES = {
     "length": _lengths,
     "decoding": _decoding,
     "training": _training,
+    "graph": _graph,
     "memory": _memory,
     "device": _device,
 }

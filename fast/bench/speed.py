@@ -41,6 +41,7 @@ __all__ = [
     "in_its_own_process",
     "matmul_peak",
     "measure_decoding",
+    "measure_graph",
     "measure_lengths",
     "measure_memory",
     "measure_prefill",
@@ -62,6 +63,10 @@ MEMORIES = {
     "2048/512/2048": MemoryConfig(2048, 512, 2048, 8),
 }
 """Settings: chunk size / global slots m / queue B, stride 8. The last is the published one."""
+
+
+KEPT = ("all", "inputs", "windows")
+"""What is kept for a backward pass, see `measure_graph`."""
 
 
 @dataclass(frozen=True)
@@ -386,6 +391,32 @@ def measure_training(case: Case, chunks: int) -> dict[str, list[float]]:
         "literal": train(lambda: read_literal(ids, model.weights, config, state, True)),
     }
     return take_turns(contestants, case.rounds).seconds
+
+
+def measure_graph(case: Case, chunks: int, kept: str) -> dict[str, float]:
+    """The gradient of one text's loss.
+
+    Args:
+        chunks: of the text.
+        kept: what is kept for the backward pass: "all"; "inputs", those of cells; or "windows", two
+            chunks at a time, with the gradient cut between them.
+
+    Returns:
+        "peak", bytes above what the model and its gradients take; "seconds".
+    """
+    model, config = CoMeTModel(case.config), case.config
+
+    def train(chunks: int) -> None:
+        size = (case.batch_size, chunks * config.memory.chunk_size)
+        ids = torch.randint(config.backbone.vocab_size, size)
+        window = 2 if kept == "windows" else chunks
+        for part in model.windows(ids, ids, backprop_chunks=window, recompute=kept == "inputs"):
+            part.loss.backward()
+
+    train(1)
+    before, begun = peak_memory(), time.perf_counter()
+    train(chunks)
+    return {"peak": peak_memory() - before, "seconds": time.perf_counter() - begun}
 
 
 def measure_memory(case: Case, length: int, block: int = 4096) -> dict[str, float]:
