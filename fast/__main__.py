@@ -18,6 +18,7 @@ import torch
 from reference.config import MemoryConfig
 
 from . import reading, watch
+from . import train as training
 from .bench import devices as bench_devices
 from .bench import pretrained as bench_pretrained
 from .bench import report as bench_report
@@ -26,7 +27,10 @@ from .files import atomic_write, check_writable
 from .inputs import MOST, check_count
 from .machine import keep_memory, machine, threads
 from .model import CoMeTModel
-from .tasks import memories, memories_report, passkey, passkey_report, passkey_training
+from .tasks import memories, memories_report, passkey, passkey_recipe, passkey_report
+from .tasks.passkey_training import PassKey
+from .tasks.text import Text
+from .train import report as training_report
 
 MISTAKES = (
     ArithmeticError,
@@ -96,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
                                description=memories_report.__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     compare.add_argument("--memories", type=Path, required=True, metavar="FILE", help="of `train "
-                         "memories`")  # fmt: skip
+                         "memories`; or the folder of a model that was trained whole")  # fmt: skip
     compare.add_argument("--lengths", type=int, nargs="+", default=list(
         memories_report.Setting.lengths), help="tokens of the texts with a key")  # fmt: skip
     compare.add_argument("--keys", type=int, default=memories_report.Setting.keys, help="keys a "
@@ -107,7 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
     begin = tasks.add_parser("starts", help="compare how the memories of a pretrained model may start",
                              description=starts.__doc__)  # fmt: skip
-    begin.add_argument("--document", type=Path, required=True, help="a text file, in UTF-8")
     begin.add_argument("--windows", type=int, default=20, metavar="N", help="parts of the text to "
                        "read (default: %(default)s)")  # fmt: skip
     begin.set_defaults(run=_starts)
@@ -117,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=["cuda", "cpu"], help="the engine beside PyTorch, on a "
                        "GPU, or a few rows on the CPU (default: PyTorch alone)")  # fmt: skip
     bench.add_argument("--quick", action="store_true", help="a few rows, in minutes")
+    bench.add_argument("--section", choices=sorted(bench_report.CPU_SECTIONS), help="measure this "
+                       "part of the page alone")  # fmt: skip
     bench.add_argument("--page", type=Path, help="a Markdown page to put tables and pictures into")
     bench.add_argument("--backbone", type=Path, metavar="SOURCE", help="instead, a pretrained model's "
                        "folder or GGUF file, with memories, beside itself in transformers")  # fmt: skip
@@ -128,25 +133,37 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train a model; goes on where it stopped"
     ).add_subparsers(dest="task", required=True)
     train = tasks.add_parser("passkey", help="the byte-level model that finds pass keys")
-    train.set_defaults(run=_train)
+    learn = tasks.add_parser("text", help="any model, on text or chats of your own")
+    learn.add_argument("--chat", nargs="+", metavar="FILE", help="chats, a line of JSON each")
     adapt = tasks.add_parser("memories", help="the memories of a pretrained backbone")
-    adapt.add_argument("--steps", type=int, default=memories.Recipe.steps, metavar="N", help="texts "
-                       "to train on (default: %(default)s)")  # fmt: skip
-    _add_sizes(adapt, memories.MEMORY)
-    adapt.set_defaults(run=_adapt)
-    for command in (train, adapt):
+    recipes = {train: passkey_recipe.RECIPE, learn: None, adapt: memories.RECIPE}
+    for command, recipe in recipes.items():
+        command.add_argument("--settings", type=Path, default=recipe, metavar="FILE", help="TOML: "
+                             "fields of fast.train.Settings (default: "
+                             f"{recipe.name if recipe else 'their defaults'})")  # fmt: skip
+        command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings in "
+                             "place of the file's, such as batch_size=4 or phases.0.steps=100")  # fmt: skip
         out = Path("runs") / command.prog.rpartition(" ")[2]
         command.add_argument("--out", type=Path, default=out, help="folder of the run (default: "
                              "%(default)s)")  # fmt: skip
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=int, help="in place of the settings'")
         command.add_argument("--threads", type=int, help="threads to compute with (default: all)")
-    for command in (adapt, compare, begin):
+        command.set_defaults(run=_train)
+    for command in (learn, adapt):
+        command.add_argument("--text", nargs="+", metavar="FILE", help="plain text, UTF-8; the last "
+                             "tenth of each is held out")  # fmt: skip
+        start = command.add_mutually_exclusive_group()
+        start.add_argument("--backbone", metavar="SOURCE", help="a pretrained model's folder or GGUF "
+                           "file to start from, with fresh memories")  # fmt: skip
+        start.add_argument(
+            "--model", metavar="FOLDER", help="a checkpoint of CoMeT's to start from"
+        )
+    for command in (compare, begin):
         command.add_argument("--backbone", type=Path, required=True, metavar="SOURCE", help="a "
                              "pretrained model's folder or GGUF file, with its tokenizer")  # fmt: skip
-    for command in (adapt, compare):
-        command.add_argument("--document", type=Path, nargs="+", required=True, metavar="FILE",
-                             help="prose; the last tenth of each is kept from training, and read "
-                             "by `eval`")  # fmt: skip
+    compare.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain "
+                         "text, UTF-8; the last tenth of each is read")  # fmt: skip
+    begin.add_argument("--text", type=Path, required=True, metavar="FILE", help="plain text, UTF-8")
 
     watching = commands.add_parser("watch", help="watch a model read a file, chunk by chunk",
                                    description=watch.COMMAND)  # fmt: skip
@@ -258,10 +275,9 @@ def _needed(args: argparse.Namespace) -> list[str]:
     """Packages of the extra `commands` that a command uses, matplotlib only where it draws."""
     if args.command in ("watch", "ask") or getattr(args, "task", None) == "starts":
         return []
-    if args.command == "train":
-        return ["tqdm"]
     draws = (
         args.command == "demo"
+        or args.command == "train"
         or (args.command == "eval" and args.out is not None)
         or (args.command == "bench" and args.page is not None and args.device is None)
     )
@@ -313,7 +329,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.device is not None:
         bench_devices.check_device(args.device)
     folder = args.out.joinpath(args.device or "", "quick" if args.quick else "")
-    jobs = bench_report.choose(args.device, args.quick)
+    jobs = bench_report.choose(args.device, args.quick, args.section)
     bench_report.check(folder, args.page, jobs)
     timed = bench_report.run(folder, jobs)
     for section in bench_report.tables(timed).values():
@@ -350,36 +366,45 @@ def _watch(args: argparse.Namespace) -> None:
 
 def _starts(args: argparse.Namespace) -> None:
     results = []
-    for result in starts.measure_starts(args.backbone, args.document, args.windows):
+    for result in starts.measure_starts(args.backbone, args.text, args.windows):
         results.append(result)
         print(starts.table(results).splitlines()[-1], flush=True)
     print(f"\n{starts.table(results)}\n\n{machine(threads())}")
 
 
+TASKS: dict[str, type[training.Task]] = {
+    "memories": memories.Memories,
+    "passkey": PassKey,
+    "text": Text,
+}
+"""What the trainer trains on, by name."""
+
+
 def _train(args: argparse.Namespace) -> None:
-    passkey_training.check(args.out)
+    given = {
+        name: getattr(args, name, None) for name in ("text", "chat", "model", "backbone", "seed")
+    }
+    settings = training.read_settings(args.settings, args.set, task=args.task, **given)
+    check_writable(args.out / "metrics.jsonl")
     keep_memory()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    print(f"wrote {passkey_training.train(args.out, args.seed)}")
-
-
-def _adapt(args: argparse.Namespace) -> None:
-    recipe = memories.Recipe(_memory(args, memories.MEMORY), steps=args.steps, seed=args.seed)
-    check_writable(args.out / "training.pt")
-    keep_memory()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    trainer = memories.Trainer(args.backbone, args.document, recipe, args.out)
-    trainer.run()
-    print(f"{memories.table(trainer.log)}\n\n{machine(threads())}\nwrote {trainer.result}")
+    with training.Processes.joined() as processes:
+        model = training.build_model(settings)
+        trainer = training.Trainer(TASKS[settings.task](settings, model, processes), args.out)
+        trainer.run()
+        if processes.rank:
+            return
+        metrics = trainer.read_metrics()
+        print(f"\n{training_report.table(metrics)}\n\n{machine(threads())}\nwrote {trainer.result}")
+        print(f"wrote {training_report.draw(metrics, args.out / 'metrics.png')}")
 
 
 def _compare(args: argparse.Namespace) -> None:
     setting = memories_report.Setting(
         str(args.backbone),
         str(args.memories),
-        tuple(map(str, args.document)),
+        tuple(map(str, args.text)),
         windows=args.windows,
         lengths=tuple(args.lengths),
         keys=args.keys,

@@ -7,7 +7,6 @@ or as NumPy's ("np"), bfloat16 among them through ml_dtypes.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from reference.config import LATER, CoMeTConfig
 from reference.parameters import map_parameters, named_parameters, shapes
 
-from .arrays import Array, all_finite, dtype_name, is_floating, to_host
+from .arrays import Array, all_finite, dtype_name, is_floating, shown, to_host
 from .files import HEADER, atomic_save, atomic_write, check_regular, digest, told
 
 __all__ = [
@@ -392,33 +391,30 @@ def read_tensors(folder: Path, framework: str = "pt") -> dict[str, Array]:
     return tensors
 
 
-def write_training(path: Path, value: object) -> None:
-    """Write a run's checkpoint, tensors and plain values, whole or not at all."""
-    import torch  # here, since other arrays need no PyTorch
+def write_training(path: Path, tensors: dict[str, Array], told: dict[str, Any]) -> None:
+    """Write a run's checkpoint, whole or not at all.
 
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    data = np.frombuffer(buffer.getbuffer(), np.uint8)
-    atomic_save(path, {"data": data}, {"kind": "training"})
+    Args:
+        path: file to write.
+        tensors: weights, and what the optimizer keeps.
+        told: what else is told of the run, fit for JSON.
+    """
+    atomic_save(path, tensors, {**told, "kind": "training"})
 
 
-def read_training(path: Path) -> Any:
-    """What `write_training` wrote. Nothing is unpickled but tensors and plain values, and that only
-    once the digest has been held against it.
+def read_training(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What `write_training` wrote: what is told of the run, and its tensors, on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is cut short, damaged or foreign.
     """
-    import torch
-
-    data = read_file(path, "np")[1].get("data", np.zeros(0))
-    try:
-        return torch.load(io.BytesIO(data), weights_only=True)
-    except Exception as error:  # what is damaged raises anything
+    told, tensors = read_file(path, "pt")
+    if told.get("kind") != "training":
         raise ValueError(
-            f"{path} is not a readable checkpoint ({error}); give another folder."
-        ) from error
+            f"{path} is no run's checkpoint (header {shown(told)}); give another folder."
+        )
+    return told, tensors
 
 
 Layers = tuple[Array, ...]

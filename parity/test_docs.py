@@ -91,6 +91,8 @@ def commands(page):
             words = shlex.split(line.removeprefix("$ "), comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # HYPOTHESIS_PROFILE=thorough
                 words.pop(0)
+            if words[:1] == ["torchrun"]:  # which runs a module as Python does
+                words = ["python", *words[words.index("-m") :]]
             if words:
                 yield words
 

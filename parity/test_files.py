@@ -52,7 +52,7 @@ WRITERS = {
     "state": lambda m, path: m.new_state(3).save(path),
     "model.safetensors": lambda m, path: m.save_pretrained(path.parent),
     "config.json": lambda m, path: atomic_write(path, m.config.to_json()),
-    "training.pt": lambda m, path: write_training(path, {"model": m.state_dict()}),
+    "training": lambda m, path: write_training(path, m.state_dict(), {"step": 3}),
     "official/model.safetensors": lambda m, path: save_published(path.parent, m.config, m.weights),
     "results.json": lambda m, path: passkey_report.save([], passkey_report.Setting(), path),
     "picture.png": lambda m, path: save_figure(plt.figure(), path),

@@ -83,7 +83,7 @@ print(len(ids[0]), "torch" in sys.modules)
         (["eval", "passkey", "--out", "FOLDER"], "tqdm and matplotlib"),
         (["bench"], "tqdm"),
         (["bench", "--page", "FOLDER/page.md"], "tqdm and matplotlib"),
-        (["train", "passkey"], "tqdm"),
+        (["train", "passkey"], "tqdm and matplotlib"),
     ],
 )
 def test_a_command_says_what_to_install(words, missing, tmp_path):

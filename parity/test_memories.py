@@ -19,17 +19,17 @@ from fast.__main__ import main
 from fast.pretrained.memories import load_memories, memory_names
 from fast.pretrained.text import ByteText
 from fast.tasks.memories import (
-    Recipe,
-    Trainer,
+    RECIPE,
+    Memories,
     hide_key,
     read_tokens,
     repeat_passages,
     split_tokens,
-    table,
 )
 from fast.tasks.memories_report import READERS, Measured, Setting, measure, read_stream, read_window
 from fast.tasks.memories_report import table as report_table
 from fast.tasks.passkey import LARGEST_KEY
+from fast.train import Phase, Processes, Settings, Trainer, build_model, read_settings
 
 from .assertions import assert_near
 from .strategies import configs, random_model, seeds, texts
@@ -195,53 +195,95 @@ def test_a_text_too_long_for_the_prose_is_refused():
         hide_key(np.zeros(10, np.int64), 9, 0.5, ByteText(), rng)
 
 
-def recipe(**changes):
-    return dataclasses.replace(Recipe(MEMORY, steps=4, chunks=3, warmup=2), **changes)
+def task(backbone, document, processes=None, **changes):
+    given = {
+        "task": "memories",
+        "train": "memories",
+        "backbone": str(backbone),
+        "memory": dataclasses.asdict(MEMORY),
+        "text": (str(document),),
+        "batch_size": 3,
+        "phases": (Phase(4, 3e-3, warmup=2),),
+        "memory_rate": 1.0,
+        "options": {"chunks": 3, "fewest": 2},
+    }
+    settings = Settings(**{**given, **changes})
+    return Memories(settings, build_model(settings), processes or Processes())
 
 
 def test_training_moves_the_memories_alone(backbone, document, tmp_path):
-    trainer = Trainer(backbone, [document], recipe(), tmp_path)
+    trainer = Trainer(task(backbone, document), tmp_path)
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
     trainer.run()
     after = trainer.model.state_dict()
-    own = [p for p in trainer.model.parameters() if p.requires_grad]
-    assert {id(p) for p in own} == {id(p) for p in trainer.trained.values()}
     moved = {name for name, p in before.items() if not torch.equal(after[name], p)}
     assert moved == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert set(trainer.trained) == set(memory_names(trainer.model.config))
     again = CoMeTModel.from_backbone(backbone, trainer.result)
     assert all(torch.equal(again.state_dict()[name], p) for name, p in after.items())
-    assert len(table(trainer.log).splitlines()) == 2 + 4
+    assert all({"prose", "key", "tokens"} <= set(told) for told in trainer.read_metrics())
 
 
 def test_the_loss_of_a_text_falls(backbone, document, tmp_path):
-    """Of the same text, its key included, in twenty steps of the recipe's own."""
-    trainer = Trainer(backbone, [document], recipe(steps=20, learning_rate=1e-2), tmp_path)
-    text = hide_key(trainer.prose, 150, 0.5, ByteText(), np.random.default_rng(3))
+    """Of the same text, its key included, in twenty steps."""
+    trained = task(backbone, document, phases=(Phase(20, 1e-2),))
+    text = hide_key(trained.prose, 150, 0.5, ByteText(), np.random.default_rng(3))
     with torch.no_grad():
-        before = [float(x) for x in trainer.losses(text)]
-    trainer.run()
+        before = [float(x) for x in trained.losses([text])]
+    Trainer(trained, tmp_path).run()
     with torch.no_grad():
-        after = [float(x) for x in trainer.losses(text)]
+        after = [float(x) for x in trained.losses([text])]
     assert all(b - a > 0.1 for a, b in zip(after, before, strict=True)), (before, after)
 
 
-def test_training_goes_on_where_it_stopped(backbone, document, tmp_path):
-    """To the bit, and the folder keeps to its recipe and documents."""
-    whole = Trainer(backbone, [document], recipe(), tmp_path / "whole")
-    whole.run()
-    cut = Trainer(backbone, [document], recipe(), tmp_path / "cut")
-    cut.step()
-    cut.save()
-    cut.step()  # and is killed
-    rest = Trainer(backbone, [document], recipe(), tmp_path / "cut")
-    assert len(rest.log) == 1
-    rest.run()
-    for name, p in whole.model.state_dict().items():
-        assert torch.equal(rest.model.state_dict()[name], p), name
-    with pytest.raises(ValueError, match="of a run of another recipe"):
-        Trainer(backbone, [document], recipe(seed=1), tmp_path / "cut")
-    with pytest.raises(ValueError, match="of a run of another tokens"):
-        Trainer(backbone, [document, document], recipe(), tmp_path / "cut")
+def test_texts_of_a_batch_are_each_alone(backbone, document):
+    """Questions and keys of unequal lengths too."""
+    trained, rng = task(backbone, document), np.random.default_rng(1)
+    texts = [hide_key(trained.prose, 150, i / 7, ByteText(), rng) for i in range(8)]
+    assert len({len(text.answer) for text in texts}) > 1
+    with torch.no_grad():
+        together = trained.losses(texts)
+        alone = [trained.losses([text]) for text in texts]
+    assert_near(together[0], np.mean([float(prose) for prose, _ in alone]), "prose", 1e-5)
+    weights = [len(text.answer) for text in texts]
+    expected = np.average([float(key) for _, key in alone], weights=weights)
+    assert_near(together[1], expected, "keys", 1e-5)
+
+
+def test_processes_share_the_texts(backbone, document):
+    """Each reads its own; the shares add up."""
+
+    def read(processes=None):
+        trained = task(backbone, document, processes)
+        rng = np.random.default_rng(0)
+        ((loss,),) = trained.read(0, rng, trained.options_at(0))
+        return trained, loss.item()
+
+    (whole, loss), *parts = [read(Processes(rank, n)) for rank, n in ((0, 1), (0, 2), (1, 2))]
+    assert sum(part for _, part in parts) == pytest.approx(loss, rel=0.2)  # keys differ in length
+    prose = [trained.told["prose"] for trained, _ in parts]
+    assert np.average(prose, weights=[2, 1]) == pytest.approx(whole.told["prose"], rel=1e-5)
+
+
+def test_the_recipe_is_whole(backbone, document):
+    settings = read_settings(RECIPE, backbone=str(backbone), text=[str(document)])
+    trained = Memories(settings, build_model(settings), Processes())
+    assert settings.train == "memories"
+    assert [options.chunks for options in trained.phases]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"text": ()}, "expected files of prose"),
+        ({"options": {"fewest": 4, "chunks": 3}}, "fewest is 4 and chunks 3"),
+        ({"options": {"repeated": 2}}, "repeated 2.0"),
+        ({"options": {"passage": 0}}, "passage is 0"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(backbone, document, changes, told):
+    with pytest.raises(ValueError, match=told):
+        task(backbone, document, **changes)
 
 
 def test_the_last_tenth_is_held_out(document):
@@ -281,9 +323,10 @@ def test_readers_score_each_token_from_those_before_it(config, seed, data):
 def test_the_commands_train_and_measure(backbone, document, tmp_path, capsys):
     """From a folder of weights to a table and a picture; without memories all readers agree where
     they see the same."""
-    given = ["--backbone", str(backbone), "--document", str(document)]
-    sizes = ["--chunk-size", "64", "--temporary-memory-size", "8", "--compression-stride", "16"]
-    main(["train", "memories", *given, *sizes, "--steps", "2", "--out", str(tmp_path / "run")])
+    given = ["--backbone", str(backbone), "--text", str(document)]
+    sizes = ["chunk_size=64", "temporary_memory_size=8", "compression_stride=16"]
+    changes = [*(f"memory.{size}" for size in sizes), "phases=[{steps=2}]", "options={chunks=3}"]
+    main(["train", "memories", *given, "--out", str(tmp_path / "run"), "--set", *changes])
     memories = tmp_path / "run" / "memories.safetensors"
     told = capsys.readouterr().out
     assert f"wrote {memories}" in told
@@ -311,7 +354,8 @@ def test_the_commands_train_and_measure(backbone, document, tmp_path, capsys):
     main(["ask", str(tmp_path / "s"), "The pass key is", "--max-new-tokens", "3"])
     with pytest.raises(SystemExit):
         main(
-            ["read", str(document), *given[:2], "--memories", str(memories), *sizes, "--save", "x"]
+            ["read", str(document), *given[:2], "--memories", str(memories), "--save", "x"]
+            + ["--chunk-size", "64"]
         )
     assert "of fresh memories; what --memories names has its own" in capsys.readouterr().err
 

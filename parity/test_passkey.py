@@ -1,7 +1,6 @@
 """The pass-key task, its training and measurement, and the model that comes with it."""
 
 import dataclasses
-import itertools
 import re
 import subprocess
 import sys
@@ -13,12 +12,19 @@ import torch
 from fast import CoMeTModel
 from fast.__main__ import main
 from fast.tasks import passkey
-from fast.tasks.passkey_recipe import LATE_WINDOWS, LONG, STAGES, Phase, Recipe, small_config
+from fast.tasks.passkey_recipe import LATE_WINDOWS, RECIPE, Options
 from fast.tasks.passkey_report import Part, Setting, join_parts, lower_bound, measure
-from fast.tasks.passkey_training import Trainer
+from fast.tasks.passkey_training import PassKey
+from fast.train import Phase, Processes, Settings, Trainer, build_model, read_settings
 from reference.parameters import named_parameters
 
 pytestmark = pytest.mark.host
+
+SETTINGS = read_settings(RECIPE)
+
+
+def task(settings=SETTINGS):
+    return PassKey(settings, build_model(settings), Processes())
 
 
 @pytest.mark.parametrize("variant", passkey.VARIANTS)
@@ -56,17 +62,18 @@ def test_a_split_draws_all_of_its_numbers_and_no_others(split):
     assert len(drawn) > 0.97 * len(own)
 
 
-@pytest.mark.parametrize("recipe", STAGES)
-def test_training_meets_nothing_of_the_test_split(recipe, tmp_path):
+@pytest.mark.parametrize("phase", range(len(SETTINGS.phases)))
+def test_training_meets_nothing_of_the_test_split(phase):
     """Neither its keys and distractors nor its prose, in the texts that a trainer makes.
 
     But for `numbers`, which are written over the prose as they come, distractors included.
     """
-    trainer = Trainer(small_config(), dataclasses.replace(recipe, numbers=0.0), tmp_path)
+    trained = task()
+    options = dataclasses.replace(trained.phases[phase], numbers=0.0)
     test = passkey.read_haystack(split="test")
     told = 0
     for seed in range(5):
-        texts = trainer.draw_texts(np.random.default_rng(seed), 512, 7)
+        texts = trained.draw_texts(options, np.random.default_rng(seed), 512, 7)
         assert all(key % passkey.HELD_OUT for key in texts.keys)
         for row in texts.ids.tolist():
             numbers = re.findall(rb"is (\d+)\. Remember it", bytes(row))
@@ -80,21 +87,22 @@ def test_training_meets_nothing_of_the_test_split(recipe, tmp_path):
 
 
 def test_no_text_of_the_training_is_longer_than_said():
-    chunk = small_config().memory.chunk_size
+    trained = task()
+    chunk = trained.model.config.memory.chunk_size
     asked = len(f"\n{passkey.QUESTION} 50000.\n")
-    for recipe in STAGES:
-        for chunks, most in (pair for phase in recipe.phases for pair in phase.windows):
-            windows = most - 1 + LATE_WINDOWS if recipe.key_anywhere else most
+    for options in trained.phases:
+        for chunks, most in options.windows:
+            windows = most - 1 + LATE_WINDOWS if options.key_anywhere else most
             assert (chunks * windows + 1) * chunk + asked <= 4096
 
 
-def test_keys_and_answers_are_cut_by_borders_and_come_late(tmp_path):
+def test_keys_and_answers_are_cut_by_borders_and_come_late():
     """What the later stages are for; and no number is written over a key."""
-    recipe = dataclasses.replace(STAGES[-1], border_share=1.0, numbers=3.0)
-    trainer = Trainer(small_config(), recipe, tmp_path)
-    chunk = small_config().memory.chunk_size
+    trained = task()
+    options = dataclasses.replace(trained.phases[-1], border_share=1.0, numbers=3.0)
+    chunk = trained.model.config.memory.chunk_size
     rng = np.random.default_rng(0)
-    texts = trainer.draw_texts(rng, window=chunk, windows=9, lead=6)
+    texts = trained.draw_texts(options, rng, window=chunk, windows=9, lead=6)
     for row, key, start, end in zip(
         texts.ids.tolist(), texts.keys, texts.starts, texts.ends, strict=True
     ):
@@ -158,9 +166,11 @@ def test_peak_memory_is_the_process_s_own():
 
 def test_training_starts_from_the_recipe_s_weights(tmp_path):
     """Projections four times the usual, gates that hold what is there, adapters and norms alone."""
-    config, recipe = small_config(), Recipe(seed=3)
-    found = named_parameters(Trainer(config, recipe, tmp_path).model.weights.to_dict())
-    usual = named_parameters(CoMeTModel(config, seed=3).weights.to_dict())
+    settings = dataclasses.replace(SETTINGS, seed=3)
+    trained = task(settings)
+    Trainer(trained, tmp_path)
+    found = named_parameters(trained.model.weights.to_dict())
+    usual = named_parameters(build_model(settings).weights.to_dict())
     for name, p in usual.items():
         leaf = name.rpartition(".")[2]
         scale = (
@@ -172,86 +182,79 @@ def test_training_starts_from_the_recipe_s_weights(tmp_path):
         assert torch.equal(found[name], expected), name
 
 
-class _Interrupted(Trainer):
-    def save(self):
-        super().save()
-        raise KeyboardInterrupt
+TINY = {
+    **SETTINGS.config,
+    "backbone": {
+        **SETTINGS.config["backbone"],
+        "hidden_size": 16,
+        "head_dim": 4,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+    },
+}
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_training_goes_on_where_it_stopped(late, tmp_path):
-    """To the bit: what a step does depends on the step's number and the weights alone."""
-    config = small_config()
-    config = dataclasses.replace(
-        config,
-        backbone=dataclasses.replace(
-            config.backbone, hidden_size=16, head_dim=4, intermediate_size=16, num_hidden_layers=1
+@pytest.mark.parametrize("phase", [1, -1])
+def test_training_goes_on_where_it_stopped(phase, tmp_path):
+    """To the bit: what a batch does depends on its number and the weights alone."""
+    options = SETTINGS.phases[phase].options
+    settings = Settings(
+        task="passkey",
+        config=TINY,
+        batch_size=2,
+        save_every=3,
+        phases=(
+            Phase(2, 1e-2, options={"windows": ((1, 1),)}),
+            Phase(6, 1e-2, decay="linear", options=options),
         ),
     )
-    phases = (Phase(2, ((1, 1),), 1e-2), Phase(4, LONG, 1e-2, decay=4))
-    first = Recipe(phases=phases[:1], batch_size=2)
-    Trainer(config, first, tmp_path / "first").run()
-    start = tmp_path / "first" / "model"
-    recipe = Recipe(
-        phases=phases,
-        batch_size=2,
-        key_anywhere=late,
-        border_share=0.5 * late,
-        lead_windows=int(late),
-    )
-    whole = Trainer(config, recipe, tmp_path / "whole", start)
+    whole = Trainer(task(settings), tmp_path / "whole")
     whole.run()
+    cut = Trainer(task(settings), tmp_path / "cut")
+
+    def save(own=cut.save):
+        own()
+        raise KeyboardInterrupt
+
+    cut.save = save
     with pytest.raises(KeyboardInterrupt):
-        _Interrupted(config, recipe, tmp_path / "cut", start).run(save_every=3)
-    rest = Trainer(config, recipe, tmp_path / "cut", start)
+        cut.run()
+    rest = Trainer(task(settings), tmp_path / "cut")
     assert 3 <= rest.step < whole.step
     rest.run()
     assert rest.step == whole.step
     for name, expected in whole.model.state_dict().items():
         assert torch.equal(rest.model.state_dict()[name], expected), name
+    metrics = whole.read_metrics()
+    assert all(0 <= told.get("answers", 0) <= 1 for told in metrics)
+    assert any("answers" in told for told in metrics)
 
 
-def test_the_stages_go_on_from_each_other(tmp_path, monkeypatch, capsys):
-    """One command runs them all, and a stage that is done is not done again."""
-    stages = [
-        dataclasses.replace(recipe, batch_size=2, phases=(Phase(2, ((1, 1),), 1e-2),))
-        for recipe in STAGES
-    ]
-    monkeypatch.setattr("fast.tasks.passkey_training.STAGES", stages)
-    command = ["train", "passkey", "--out", str(tmp_path), "--seed", "3"]
-    last = tmp_path / f"stage{len(STAGES)}" / "model"
+def test_processes_share_a_batch(tmp_path):
+    """Their texts are those of one process, each text one process's."""
+    settings = dataclasses.replace(SETTINGS, batch_size=5)
+    trained = task(settings)
+    texts = trained.draw_texts(Options(), np.random.default_rng(0), 128, 2)
+    parts = [texts.part(Processes(rank, 2).rows(5)) for rank in range(2)]
+    assert sorted(parts[0].keys + parts[1].keys) == sorted(texts.keys)
+    assert torch.equal(parts[1].ids, texts.ids[1::2])
+    assert np.array_equal(parts[0].ends, texts.ends[::2])
+
+
+def test_the_command_trains_and_writes_a_model(tmp_path, capsys):
+    changes = ["batch_size=2", "phases=[{steps=2, learning_rate=0.01}]"]
+    command = ["train", "passkey", "--out", str(tmp_path), "--seed", "3", "--set", *changes]
     main(command)
-    assert capsys.readouterr().out == f"wrote {last}\n"
-    after = [
-        CoMeTModel.from_pretrained(tmp_path / f"stage{i + 1}" / "model").state_dict()
-        for i in range(len(STAGES))
-    ]
-    for name in ("weights.norm", "weights.layers.0.q_proj.weight"):
-        steps = [(b[name] - a[name]).abs().max() for a, b in itertools.pairwise(after)]
-        assert all(0 < step < 0.1 for step in steps), f"{name} moved by {steps}"
-    written = last.stat().st_mtime_ns
-    main(command)
-    again = CoMeTModel.from_pretrained(last).state_dict()
-    assert all(torch.equal(again[name], value) for name, value in after[-1].items())
-    assert last.stat().st_mtime_ns == written
-
-
-def test_a_run_s_folder_keeps_to_its_config_and_recipe(tmp_path):
-    Trainer(small_config(), Recipe(), tmp_path).save()
-    config = small_config()
-    other = dataclasses.replace(
-        config, memory=dataclasses.replace(config.memory, gate_saturation=0.5)
-    )
-    with pytest.raises(ValueError, match=r"another config; give an empty folder"):
-        Trainer(other, Recipe(), tmp_path)
-    with pytest.raises(ValueError, match=r"another recipe; give an empty folder"):
-        Trainer(config, Recipe(seed=1), tmp_path)
-    with pytest.raises(ValueError, match=r"model has another config; expected the one to train"):
-        Trainer(other, Recipe(), tmp_path / "new", start=tmp_path / "model")
-    path = tmp_path / "training.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"training.pt is not a readable"):
-        Trainer(config, Recipe(), tmp_path)
+    told = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'model'}" in told
+    written = tmp_path / "model" / "model.safetensors"
+    before = written.stat().st_mtime_ns
+    assert CoMeTModel.from_pretrained(tmp_path / "model").config == task().model.config
+    main(command)  # a run that is done is not done again
+    assert written.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        main([*command[:-1], "phases=[{steps=3}]"])
+    assert "is of a run of other settings (phases" in capsys.readouterr().err
 
 
 def test_the_shipped_model_finds_keys():

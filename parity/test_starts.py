@@ -116,7 +116,7 @@ def test_windows_lie_beside_each_other():
 def test_the_command_prints_its_table_or_a_sentence(folder, ids, tmp_path, capsys, monkeypatch):
     document = tmp_path / "text"
     document.write_text(text_of(ids))
-    words = ["eval", "starts", "--backbone", str(folder), "--document", str(document), "--windows"]
+    words = ["eval", "starts", "--backbone", str(folder), "--text", str(document), "--windows"]
     measure = starts.measure_starts
     monkeypatch.setattr(starts, "measure_starts", lambda *args: measure(*args, MEMORY))
     main([*words, "2"])

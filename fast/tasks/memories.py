@@ -1,18 +1,16 @@
-"""Train the memories of a pretrained backbone, which stays as it is: `train`.
+"""Train the memories of a pretrained backbone, which stays as it is: the task.
 
-Each step reads one text, prose with a pass key hidden in it, and then asks for the key. Some passages
-of the prose stand there twice, so that much can be told from what is gone. Two losses: that of every
-token of the prose, which teaches the memories to disturb little and to tell of what is gone; and that
-of the key's tokens, which teaches them to keep what is asked for. The gradient goes back through the
-whole text. Only the memories' own weights move, so what is trained is a file of a
+Each step reads a batch of texts, prose with a pass key hidden in each, and then asks for the keys. Some
+passages of the prose stand there twice, so that much can be told from what is gone. Two losses: that of
+every token of the prose, which teaches the memories to disturb little and to tell of what is gone; and
+that of the keys' tokens, which teaches them to keep what is asked for. The gradient goes back through
+the whole text. Only the memories' own weights move, so what is trained is a file of a
 few megabytes (`CoMeTModel.save_memories`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,56 +19,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reference.config import MemoryConfig
-from reference.parameters import named_parameters
-
-from ..checkpoints import read_training, write_training
 from ..files import check_regular
-from ..inputs import check_count
 from ..model import IGNORE, CoMeTModel
-from ..pretrained.memories import memory_names
 from ..pretrained.text import ByteText, TokenText, open_text
+from ..train.settings import Settings
+from ..train.trainer import Processes, Task
 from .passkey import INFORMATION, QUESTION, draw_number
 
 __all__ = [
-    "MEMORY",
+    "RECIPE",
     "KeyText",
-    "Recipe",
-    "Trainer",
+    "Memories",
+    "Options",
     "hide_key",
     "read_tokens",
     "repeat_passages",
     "split_tokens",
-    "table",
 ]
 
-MEMORY = MemoryConfig(
-    chunk_size=256, global_memory_size=8, temporary_memory_size=128, compression_stride=8
-)
-"""The memories of the recipe."""
+RECIPE = Path(__file__).parent / "memories.toml"
+"""The settings of the recipe."""
 
 HELD_OUT = 10
 """The last tenth of a document is not trained on."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What to do."""
+class Options:
+    """Of the task."""
 
-    memory: MemoryConfig = MEMORY
-    """The memories to train."""
-
-    steps: int = 400
-    """Texts to train on."""
+    fewest: int = 1
+    """Chunks of the shortest text."""
 
     chunks: int = 8
-    """Chunks of the longest text; a step's length is drawn evenly from one chunk's to that."""
-
-    learning_rate: float = 3e-3
-    """Of AdamW at the start; it falls to zero in a straight line."""
-
-    warmup: int = 20
-    """Steps over which it rises before."""
+    """Chunks of the longest; a batch's length is drawn evenly between the two."""
 
     answer_weight: float = 0.5
     """Of the loss of the key's tokens, beside that of the prose."""
@@ -81,12 +63,16 @@ class Recipe:
     passage: int = 48
     """Tokens of such a passage."""
 
-    autocast: bool = True
-    """Whether products are computed in bfloat16, which takes half the time where a processor has it;
-    the memories' weights are float32 all the same."""
-
-    seed: int = 0
-    """Of the memories' start, and of the texts."""
+    def __post_init__(self) -> None:
+        if not 1 <= self.fewest <= self.chunks:
+            raise ValueError(
+                f"fewest is {self.fewest} and chunks {self.chunks}; expected 1 <= fewest <= chunks."
+            )
+        if self.passage < 1 or not 0 <= self.repeated <= 1:
+            raise ValueError(
+                f"passage is {self.passage} and repeated {self.repeated}; expected at least 1 token, "
+                "and a share from 0 to 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -191,149 +177,66 @@ def hide_key(
     )
 
 
-class Trainer:
-    """Trains a backbone's memories; `run` goes on from the folder's checkpoint where there is one.
-
-    Args:
-        backbone: a folder or a GGUF file, with its tokenizer.
-        documents: prose to train on; the last tenth of each is left out.
-        recipe: what to do.
-        folder: of the run.
+class Memories(Task):
+    """The task: prose with a key in it, then the question.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file does not fit, or the folder is of another run.
+        FileNotFoundError: a file is missing, or the model's tokenizer.
+        ValueError: there is nothing to read, or too little.
     """
 
-    def __init__(
-        self, backbone: Path, documents: Sequence[Path], recipe: Recipe, folder: Path
-    ) -> None:
-        check_count("steps", recipe.steps, 1)
-        self.recipe, self.folder = recipe, folder
-        self.model = CoMeTModel.from_backbone(backbone, recipe.memory, seed=recipe.seed)
-        self.text: Any = open_text(backbone, self.model.config.backbone.vocab_size)
-        parts = [split_tokens(read_tokens(path, self.text))[0] for path in documents]
+    options_class = Options
+
+    def __init__(self, settings: Settings, model: CoMeTModel, processes: Processes) -> None:
+        super().__init__(settings, model, processes)
+        source = Path(settings.backbone or settings.model or "")
+        self.text: Any = open_text(source, model.config.backbone.vocab_size)
+        if not settings.text:
+            raise ValueError("expected files of prose to hide keys in (text).")
+        parts = [split_tokens(read_tokens(Path(path), self.text))[0] for path in settings.text]
         self.prose = np.concatenate(parts)
-        weights = named_parameters(self.model.weights.to_dict())
-        self.model.requires_grad_(False)
-        self.trained = {name: weights[name] for name in memory_names(self.model.config)}
-        for p in self.trained.values():
-            p.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
-        )
-        self.log: list[dict[str, float]] = []
-        self._load()
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the run is kept."""
-        return self.folder / "training.pt"
+    def read(
+        self, number: int, rng: np.random.Generator, options: Options
+    ) -> Iterator[Iterable[Tensor]]:
+        """See `Task.read`: a batch of texts of one length, and a question after each."""
+        size = self.model.config.memory.chunk_size
+        length = int(rng.integers(options.fewest * size, options.chunks * size + 1))
+        repeats = (options.repeated, options.passage)
+        batch = [
+            hide_key(self.prose, length, rng.random(), self.text, rng, repeats=repeats)
+            for _ in range(self.settings.batch_size)
+        ]
+        own = batch[self.processes.rows(len(batch))]
+        prose, key = self.losses(own)
+        share = len(own) / len(batch)
+        self.told = {"prose": prose.item(), "key": key.item(), "tokens": length * len(batch)}
+        yield [(prose + options.answer_weight * key) * share]
 
-    @property
-    def result(self) -> Path:
-        """Where the memories are written."""
-        return self.folder / "memories.safetensors"
-
-    def _own(self) -> dict[str, Any]:
-        """What a run is known by."""
-        recipe = dataclasses.asdict(self.recipe)
-        return {"config": self.model.config.to_json(), "recipe": recipe, "tokens": len(self.prose)}
-
-    def _load(self) -> None:
-        if not self.checkpoint.exists():
-            return
-        saved = read_training(self.checkpoint)
-        kept = (*self._own(), "weights", "optimizer", "log")
-        if not isinstance(saved, dict) or not all(name in saved for name in kept):
-            raise ValueError(f"{self.checkpoint} is not of a run; give another folder.")
-        for name, value in self._own().items():
-            if saved[name] != value:
-                raise ValueError(
-                    f"{self.checkpoint} is of a run of another {name}; give an empty folder, or "
-                    "what it was started with."
-                )
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(saved["weights"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.log = saved["log"]
-
-    def save(self) -> None:
-        """Write the memories as they are, and the run's checkpoint."""
-        self.model.save_memories(self.result)
-        run = {
-            **self._own(),
-            "weights": {name: p.detach() for name, p in self.trained.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "log": self.log,
-        }
-        write_training(self.checkpoint, run)  # last: a run that ended has left its memories
-
-    def run(self, save_every: int = 20) -> None:
-        """Train to the recipe's end.
+    def losses(self, texts: Sequence[KeyText]) -> tuple[Tensor, Tensor]:
+        """Mean negative log likelihood of the texts' tokens, and of the keys': scalars, in nats.
 
         Args:
-            save_every: steps between checkpoints.
+            texts: of one length.
         """
-        from tqdm import tqdm  # of the extra `commands`
-
-        steps = self.recipe.steps
-        with tqdm(total=steps, initial=len(self.log), unit="step", smoothing=0.05) as bar:
-            while len(self.log) < steps:
-                found = self.step()
-                bar.update(1)
-                bar.set_postfix(prose=f"{found['prose']:.3f}", key=f"{found['key']:.3f}")
-                if len(self.log) % save_every == 0 or len(self.log) == steps:
-                    self.save()
-
-    def step(self) -> dict[str, float]:
-        """One step. Its text depends on the seed and the step's number alone.
-
-        Returns:
-            Nats a token, of the prose and of the key; tokens read; seconds.
-        """
-        begun, number, recipe = time.perf_counter(), len(self.log), self.recipe
-        rng = np.random.default_rng([recipe.seed, number])
-        size = recipe.memory.chunk_size
-        length = int(rng.integers(size, recipe.chunks * size + 1))
-        repeats = (recipe.repeated, recipe.passage)
-        text = hide_key(self.prose, length, rng.random(), self.text, rng, repeats=repeats)
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=recipe.autocast):
-            prose, key = self.losses(text)
-        rate = min(1.0, (number + 1) / recipe.warmup) * (1 - number / recipe.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * rate
-        self.optimizer.zero_grad()
-        (prose + recipe.answer_weight * key).backward()
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-        self.optimizer.step()
-        seconds = time.perf_counter() - begun
-        found = {"prose": prose.item(), "key": key.item(), "tokens": length, "seconds": seconds}
-        self.log.append(found)
-        return found
-
-    def losses(self, text: KeyText) -> tuple[Tensor, Tensor]:
-        """Mean negative log likelihood of a text's tokens, and of the key's: scalars, in nats."""
-        ids = torch.from_numpy(text.text)[None]
-        read = self.model(ids, labels=ids, logits="none")
-        asked = torch.from_numpy(np.concatenate([text.question, text.answer]))[None]
-        labels = asked.clone()
-        labels[:, : len(text.question)] = IGNORE
-        answered = self.model(asked, labels=labels, state=read.state, logits="none")
+        device, again = self.model.device, self.settings.recompute
+        ids = torch.from_numpy(np.stack([text.text for text in texts])).to(device)
+        read = self.model(ids, labels=ids, logits="none", recompute=again)
+        rows = [np.concatenate([text.question, text.answer]) for text in texts]
+        lengths = [len(row) for row in rows]
+        asked = np.zeros((len(rows), max(lengths)), dtype=np.int64)
+        labels = np.full_like(asked, IGNORE)
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            asked[i, : len(row)] = row
+            labels[i, len(text.question) : len(row)] = text.answer
+        answered = self.model(
+            torch.from_numpy(asked).to(device),
+            labels=torch.from_numpy(labels).to(device),
+            lengths=lengths,
+            state=read.state,
+            logits="none",
+            recompute=again,
+        )
         assert read.loss is not None  # there are labels
         assert answered.loss is not None
         return read.loss, answered.loss
-
-
-def table(log: Sequence[dict[str, float]], rows: int = 10) -> str:
-    """What a run has logged, as a Markdown table of means over equal parts of its steps."""
-    lines = ["| steps | prose, nats a token | key, nats a token | tokens a second |"]
-    lines.append("|" + " ---: |" * 4)
-    for part in np.array_split(np.arange(len(log)), min(rows, len(log))):
-        found = [log[i] for i in part]
-        prose, key = (np.mean([step[name] for step in found]) for name in ("prose", "key"))
-        speed = sum(step["tokens"] for step in found) / sum(step["seconds"] for step in found)
-        steps = f"{part[0] + 1} to {part[-1] + 1}"
-        lines.append(f"| {steps} | {prose:.3f} | {key:.3f} | {speed:,.0f} |")
-    return "\n".join(lines)

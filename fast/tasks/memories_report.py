@@ -25,6 +25,7 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig, MemoryConfig
 
+from ..checkpoints import load_checkpoint
 from ..drawing import COLOURS, save_figure, style
 from ..files import atomic_write
 from ..inputs import check_count
@@ -58,7 +59,7 @@ class Setting:
     """A folder or a GGUF file, with its tokenizer."""
 
     memories: str
-    """A file of `CoMeTModel.save_memories`."""
+    """A file of `CoMeTModel.save_memories`, or the folder of a model that was trained whole."""
 
     documents: tuple[str, ...]
     """Prose; the last tenth of each is read."""
@@ -159,11 +160,15 @@ def readers(backbone: Path, memories: Path) -> dict[str, Reader]:
         FileNotFoundError: a file is missing.
         ValueError: a file does not fit.
     """
-    trained = CoMeTModel.from_backbone(backbone, memories)
+    trained = (
+        CoMeTModel.from_pretrained(memories)
+        if memories.is_dir()
+        else CoMeTModel.from_backbone(backbone, memories)
+    )
     memory = trained.config.memory
     size, budget = memory.chunk_size, memory.temporary_memory_size + memory.global_memory_size
     fresh = CoMeTModel.from_backbone(backbone, memory)
-    shared = trained.weights.to_dict()
+    shared = fresh.weights.to_dict()
 
     def alone(chunk_size: int) -> CoMeTModel:
         plain = MemoryConfig(chunk_size=chunk_size, global_memory_size=0, compression_stride=0)
@@ -198,7 +203,9 @@ def measure(setting: Setting) -> list[Measured]:
     """
     from tqdm import tqdm  # of the extra `commands`
 
-    config, _ = load_memories(Path(setting.memories))
+    memories = Path(setting.memories)
+    reads = load_checkpoint if memories.is_dir() else load_memories
+    config, _ = reads(memories)
     size = config.memory.chunk_size
     text: Any = open_text(Path(setting.backbone), config.backbone.vocab_size)
     held_out = [split_tokens(read_tokens(Path(path), text))[1] for path in setting.documents]

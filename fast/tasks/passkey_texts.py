@@ -1,7 +1,8 @@
-"""Texts to train the pass key on: batches of one length, with keys where a recipe wants them."""
+"""Texts to train the pass key on: batches of one length, with keys where the options want them."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..model import IGNORE
 from . import passkey
-from .passkey_recipe import Recipe
+from .passkey_recipe import Options
 
 __all__ = ["Texts"]
 
@@ -22,18 +23,20 @@ class Texts:
     the keys' sentences start and end, in tokens.
 
     Args:
-        recipe: whose batch size, spacings and places of keys they follow.
+        options: whose spacings and places of keys they follow.
+        batch_size: how many.
         haystack: prose, for six texts in ten; the others are the published filler.
         chunk: tokens of a chunk.
         rng: source of everything random.
         window: tokens of a window.
         windows: windows of a text; a chunk more is kept for what comes before the question.
-        lead: windows before the key's, in a `key_anywhere` recipe.
+        lead: windows before the key's, where `key_anywhere`.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        options: Options,
+        batch_size: int,
         haystack: bytes,
         chunk: int,
         rng: np.random.Generator,
@@ -44,26 +47,30 @@ class Texts:
         self.window, self.chunk = window, chunk
         length = window * windows + chunk
         rows, keys, starts, ends = [], [], [], []
-        for _ in range(recipe.batch_size):
+        for _ in range(batch_size):
             # Most texts start anywhere, and most keys come early, so that they are asked for often.
             skip = 0 if rng.random() < 0.25 else len(passkey.DESCRIPTION) + 1
-            reach = min(1.0, window / length) if recipe.key_anywhere or rng.random() < 0.6 else 0.95
+            reach = (
+                min(1.0, window / length) if options.key_anywhere or rng.random() < 0.6 else 0.95
+            )
             example = passkey.Example(
                 length + skip + 200,
                 depth=rng.random() * reach,
                 seed=int(rng.integers(2**62)),
                 haystack=None if rng.random() < 0.4 else haystack,
-                spacing=float(rng.choice(recipe.spacings)),
+                spacing=float(rng.choice(options.spacings)),
                 split="train",
             )
-            if recipe.key_anywhere:  # half a chunk more than its window: asked for while it is read
+            if (
+                options.key_anywhere
+            ):  # half a chunk more than its window: asked for while it is read
                 start = lead * window + int(rng.integers(window + chunk // 2))
-                if rng.random() < recipe.border_share:
+                if rng.random() < options.border_share:
                     start = _cut(start, example.key, chunk, rng)
                 example = _move(example, start + skip)
             row = passkey.encode(example.text()[skip : skip + length]).copy()
-            if recipe.numbers and example.haystack is not None:
-                places = int(rng.poisson(recipe.numbers * length / chunk))
+            if options.numbers and example.haystack is not None:
+                places = int(rng.poisson(options.numbers * length / chunk))
                 key = range(example.key_start - skip, example.key_end - skip)
                 _write_numbers(row, places, key, rng)
             rows.append(row)
@@ -72,6 +79,13 @@ class Texts:
             ends.append(example.key_end - skip)
         self.ids = torch.from_numpy(np.stack(rows))
         self.keys, self.starts, self.ends = keys, np.array(starts), np.array(ends)
+
+    def part(self, rows: slice) -> Texts:
+        """Some of them."""
+        part = copy.copy(self)
+        part.ids, part.keys = self.ids[rows], self.keys[rows]
+        part.starts, part.ends = self.starts[rows], self.ends[rows]
+        return part
 
     def cutting_tail(self, rng: np.random.Generator) -> int:
         """A tail after which a chunk's border is somewhere in the answer."""

@@ -1,4 +1,4 @@
-"""Training a byte-level model from scratch to find a pass key: `train`.
+"""Training a byte-level model to find a pass key: the task.
 
 Every step reads one window of chunks of a batch of texts, then asks, on a fork of the state, for
 the keys that have gone by. The texts go on from the state before the question, and no gradient
@@ -12,263 +12,136 @@ over to texts that are longer by orders: what never changes does not age.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.config import CoMeTConfig
 from reference.parameters import named_parameters
 
-from ..checkpoints import of_file, read_training, write_training
-from ..files import check_writable
 from ..model import IGNORE, CoMeTModel
 from ..state import CoMeTState
+from ..train.settings import Settings
+from ..train.trainer import Processes, Task
 from . import passkey
-from .passkey_recipe import LATE_WINDOWS, STAGES, Recipe, small_config
+from .passkey_recipe import LATE_WINDOWS, Options
 from .passkey_texts import Texts
 
-__all__ = ["Trainer", "check", "train"]
-
-WARMUP = 100
-"""Steps over which the learning rate rises at the start of training."""
+__all__ = ["PassKey"]
 
 
-class Trainer:
-    """Trains a model; `run` goes on from the folder's checkpoint where there is one.
+class PassKey(Task):
+    """The task, of a model that reads bytes."""
 
-    Args:
-        config: of the model.
-        recipe: what to do.
-        folder: of the run.
-        start: a model's folder to begin with; None begins with random weights.
+    options_class = Options
 
-    Raises:
-        ValueError: the folder's checkpoint or the start is not readable or of another config, or
-            the checkpoint is of another recipe.
-    """
-
-    def __init__(
-        self, config: CoMeTConfig, recipe: Recipe, folder: Path, start: Path | None = None
-    ) -> None:
-        self.recipe, self.folder = recipe, folder
-        self.model = CoMeTModel(config, seed=recipe.seed)
-        if start is None:
-            self._start_weights()
-        else:
-            before = CoMeTModel.from_pretrained(start)
-            if before.config != config:
-                raise ValueError(
-                    f"{start} has another config; expected the one to train. Start from a model "
-                    "of that config, or give its config."
-                )
-            self.model.load_state_dict(before.state_dict())
-        parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
-                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-            ],
-            lr=0.0,
-            betas=(0.9, 0.95),
-        )
+    def __init__(self, settings: Settings, model: CoMeTModel, processes: Processes) -> None:
+        super().__init__(settings, model, processes)
         self.haystack = passkey.read_haystack(split="train")
-        self.step = 0
-        self.texts = 0
-        self.accuracy = 0.0
-        self._load()
 
-    @property
-    def checkpoint(self) -> Path:
-        """Where the run is kept."""
-        return self.folder / "training.pt"
-
-    def _start_weights(self) -> None:
+    def start(self) -> None:
+        """Projections and embeddings that are larger than usual, and gates that are mostly shut."""
+        options = self.phases[0]
         with torch.no_grad():
             for name, p in named_parameters(self.model.weights.to_dict()).items():
                 leaf = name.rpartition(".")[2]
                 if leaf == "gate_bias":
-                    p.fill_(self.recipe.first_gate_bias)
+                    p.fill_(options.first_gate_bias)
                 elif p.dim() > 1 and leaf != "gate" and not leaf.startswith("adapter"):
-                    p.mul_(self.recipe.weight_scale)
-
-    def _load(self) -> None:
-        if not self.checkpoint.exists():
-            return
-        saved = read_training(self.checkpoint)
-        config = self.model.config
-        own = {"config": config.to_json(), "recipe": dataclasses.asdict(self.recipe)}
-        kept = (*own, "model", "optimizer", "step", "texts", "accuracy")
-        if not isinstance(saved, dict) or not all(name in saved for name in kept):
-            raise ValueError(f"{self.checkpoint} is not of a run; give another folder.")
-        with of_file(self.checkpoint):  # it may be from before a field of the config came
-            saved["config"] = CoMeTConfig.from_json(str(saved["config"])).to_json()
-        for name, value in own.items():
-            if saved[name] != value:
-                raise ValueError(
-                    f"{self.checkpoint} is of a run of another {name}; give an empty folder, or "
-                    "the seed and recipe that it was started with."
-                )
-        if set(saved["model"]) != set(self.model.state_dict()):
-            raise ValueError(
-                f"{self.checkpoint} is of another version's run; give an empty folder."
-            )
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.texts, self.accuracy = saved["step"], saved["texts"], saved["accuracy"]
-
-    def save(self) -> None:
-        """Write the model as it is, and the run's checkpoint."""
-        run: dict[str, Any] = {
-            "config": self.model.config.to_json(),
-            "recipe": dataclasses.asdict(self.recipe),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "texts": self.texts,
-            "accuracy": self.accuracy,
-        }
-        self.model.save_pretrained(self.folder / "model")
-        write_training(self.checkpoint, run)  # last: a run that ended has left its model
-
-    def run(self, save_every: int = 500) -> None:
-        """Train to the recipe's end.
-
-        Args:
-            save_every: steps between checkpoints, taken where a batch of texts ends.
-        """
-        from tqdm import tqdm  # of the extra `commands`
-
-        bar = tqdm(total=self.recipe.steps, initial=self.step, unit="step", smoothing=0.02)
-        saved = self.step
-        while self.step < self.recipe.steps:
-            for loss in self._read_texts():
-                bar.update(1)
-                bar.set_postfix(answers=f"{self.accuracy:.3f}", loss=f"{loss:.3f}")
-            if self.step - saved >= save_every or self.step >= self.recipe.steps:
-                self.save()
-                saved = self.step
-        bar.close()
+                    p.mul_(options.weight_scale)
 
     def draw_texts(
-        self, rng: np.random.Generator, window: int, windows: int, lead: int = 0
+        self,
+        options: Options,
+        rng: np.random.Generator,
+        window: int,
+        windows: int,
+        lead: int = 0,
     ) -> Texts:
-        """Texts of the run's recipe and prose: the arguments are those of `Texts`."""
+        """A batch of the run: the arguments are those of `Texts`."""
         chunk = self.model.config.memory.chunk_size
-        return Texts(self.recipe, self.haystack, chunk, rng, window, windows, lead)
+        b = self.settings.batch_size
+        return Texts(options, b, self.haystack, chunk, rng, window, windows, lead)
 
-    def _read_texts(self) -> Iterator[float]:
-        """One batch of texts, window by window; yields each step's loss."""
-        rng = np.random.default_rng([self.recipe.seed, self.texts])
-        torch.manual_seed(int(rng.integers(2**31)))
-        self.texts += 1
-        phase, _ = self.recipe.phase_at(self.step)
-        chunks, most = phase.windows[rng.integers(len(phase.windows))]
+    def read(
+        self, number: int, rng: np.random.Generator, options: Options
+    ) -> Iterator[Iterable[Tensor]]:
+        """See `Task.read`: one window a step."""
+        chunks, most = options.windows[rng.integers(len(options.windows))]
         length = chunks * self.model.config.memory.chunk_size
-        lead = int(rng.integers(most)) if self.recipe.key_anywhere else 0
-        windows = lead + int(
-            rng.integers(1, (LATE_WINDOWS if self.recipe.key_anywhere else most) + 1)
-        )
-        texts = self.draw_texts(rng, length, windows, lead)
+        lead = int(rng.integers(most)) if options.key_anywhere else 0
+        windows = lead + int(rng.integers(1, (LATE_WINDOWS if options.key_anywhere else most) + 1))
+        rows = self.processes.rows(self.settings.batch_size)
+        texts = self.draw_texts(options, rng, length, windows, lead).part(rows)
+        share = len(texts.keys) / self.settings.batch_size
         state: CoMeTState | None = None
-        first = max(lead - self.recipe.lead_windows, 0)
+        first = max(lead - options.lead_windows, 0)
         if first:
             with torch.no_grad():
-                out = self.model(texts.ids[:, : first * length], logits="none")
+                before = texts.ids[:, : first * length].to(self.model.device)
+                out = self.model(before, logits="none")
                 state = self.model.close_chunk(out.state)
         for start in range(first * length, windows * length, length):
-            state, loss = self._train_on_window(texts, state, start, rng)
-            yield loss
+            state, loss = self._read_window(texts, state, start, rng, options)
+            state = state.detach()
+            yield [loss * share]
 
-    def _train_on_window(
-        self, texts: Texts, state: CoMeTState | None, start: int, rng: np.random.Generator
-    ) -> tuple[CoMeTState, float]:
-        """One step: read the window that starts at a token, ask, and move the weights.
+    def _read_window(
+        self,
+        texts: Texts,
+        state: CoMeTState | None,
+        start: int,
+        rng: np.random.Generator,
+        options: Options,
+    ) -> tuple[CoMeTState, Tensor]:
+        """Read the window that starts at a token, and ask.
 
         Returns:
-            The state after the window, and the step's loss.
+            The state after the window, and the loss.
         """
-        phase, _ = self.recipe.phase_at(self.step)
         if state is not None:
-            state = _with_noise(state, phase.noise)
+            state = _with_noise(state, options.noise)
         end = start + texts.window
-        part = texts.ids[:, start:end]
+        part = texts.ids[:, start:end].to(self.model.device)
         out = self.model(part, labels=part, state=state, logits="none")
         closed = self.model.close_chunk(out.state)
-        loss = phase.language_weight * out.loss
+        loss = options.language_weight * out.loss
         if state is not None:
             quiet = torch.from_numpy((texts.starts >= end) | (texts.ends <= start))
-            loss = loss + phase.stay_weight * _change(state, closed)[quiet].sum() / len(quiet)
-        answer = self._ask(texts, closed, end, rng)
-        if answer is not None:
-            loss = loss + answer
-        self._move_weights(loss)
-        return closed.detach(), loss.item()
+            change = _change(state, closed)[quiet.to(self.model.device)]
+            loss = loss + options.stay_weight * change.sum() / len(quiet)
+        answer = self._ask(texts, closed, end, rng, options)
+        return closed, loss if answer is None else loss + answer
 
     def _ask(
-        self, texts: Texts, state: CoMeTState, end: int, rng: np.random.Generator
+        self,
+        texts: Texts,
+        state: CoMeTState,
+        end: int,
+        rng: np.random.Generator,
+        options: Options,
     ) -> Tensor | None:
         """The loss of the answers to the question, asked after a window that ends at a token.
 
         None where no key has gone by.
         """
+        self.told = {}
         tail = int(rng.integers(texts.chunk))
-        if self.recipe.border_share and rng.random() < self.recipe.border_share:
+        if options.border_share and rng.random() < options.border_share:
             tail = texts.cutting_tail(rng)
         gone_by = texts.ends <= end + tail
-        if rng.random() < self.recipe.hide_queue:
+        if rng.random() < options.hide_queue:
             state = state.forget_temporary()
             gone_by = texts.ends <= end
         if not gone_by.any():
             return None
-        question, targets = texts.ask(end, tail, gone_by)
+        question, targets = (x.to(self.model.device) for x in texts.ask(end, tail, gone_by))
         logits = self.model(question, state=state).logits[:, -targets.shape[1] :]
         right = (logits.argmax(-1) == targets) | (targets == IGNORE)
-        share = float(right.all(1)[torch.from_numpy(gone_by)].float().mean())
-        self.accuracy += 0.02 * (share - self.accuracy)
+        self.told = {"answers": float(right.all(1).cpu()[torch.from_numpy(gone_by)].float().mean())}
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-
-    def _move_weights(self, loss: Tensor) -> None:
-        """A step of the optimizer against the loss; skipped where the gradient is not finite."""
-        phase, step = self.recipe.phase_at(self.step)
-        rate = phase.learning_rate * min(1.0, (self.step + 1) / WARMUP) * phase.share_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if norm.isfinite():
-            self.optimizer.step()
-        self.step += 1
-
-
-def check(folder: Path) -> None:
-    """Raise OSError unless every stage of `train` can write its checkpoint, before the first begins."""
-    for number in range(1, len(STAGES) + 1):
-        check_writable(folder / f"stage{number}" / "training.pt")
-
-
-def train(folder: Path, seed: int = 0) -> Path:
-    """Train the small model from start to end: every stage, each in a folder of its own.
-
-    Args:
-        folder: of the stages' folders; what is there already is gone on with.
-        seed: of weights and texts.
-
-    Returns:
-        The trained model's folder, `from_pretrained` reads it.
-    """
-    start: Path | None = None
-    for number, recipe in enumerate(STAGES, 1):
-        stage = folder / f"stage{number}"
-        Trainer(small_config(), dataclasses.replace(recipe, seed=seed), stage, start).run()
-        start = stage / "model"
-    assert start is not None  # there are stages
-    return start
 
 
 def _with_noise(state: CoMeTState, size: float) -> CoMeTState:

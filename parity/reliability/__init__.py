@@ -69,14 +69,14 @@ def told(error: BaseException, *words: str) -> str:
     return REFUSED
 
 
-FILES = ("state", "model/model.safetensors", "model/config.json", "training.pt")
+FILES = ("state", "model/model.safetensors", "model/config.json", "training")
 """What `save_all` writes."""
 
 
 def save_all(folder: Path, model: CoMeTModel, state: CoMeTState, number: int) -> None:
     state.save(folder / "state", model)
     model.save_pretrained(folder / "model")
-    write_training(folder / "training.pt", {"model": model.state_dict(), "number": number})
+    write_training(folder / "training", model.state_dict(), {"number": number})
 
 
 @dataclass

@@ -31,6 +31,26 @@ PATHS_IN_WORDS = (
     *("\0", "\ud800", "loop", "page.md", "model", "broken"),
 )
 QUESTIONS = ("Why?", "", "\udcff")
+SETTINGS_IN_WORDS = (
+    *(
+        "batch_size=4",
+        "batch_size=0",
+        "clip=nan",
+        "phases=[]",
+        "phases.0.steps=x",
+        "x",
+        "=",
+        "x.y=3",
+    ),
+    *(
+        "phases.7.steps=1",
+        "options.chunks=-1",
+        "config={}",
+        "config.memory.chunk_size=0",
+        "seed.x=1",
+    ),
+    *("text=file", "memory={}", "betas=[2, 2]", "model=model", "", "task=poem", "\ud800=1"),
+)
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "demo": {
         "--out": PATHS_IN_WORDS,
@@ -41,7 +61,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "eval memories": {
         "--backbone": PATHS_IN_WORDS,
         "--memories": PATHS_IN_WORDS,
-        "--document": PATHS_IN_WORDS,
+        "--text": PATHS_IN_WORDS,
         "--lengths": NUMBERS_IN_WORDS,
         "--keys": NUMBERS_IN_WORDS,
         "--windows": NUMBERS_IN_WORDS,
@@ -49,7 +69,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "eval starts": {
         "--backbone": PATHS_IN_WORDS,
-        "--document": PATHS_IN_WORDS,
+        "--text": PATHS_IN_WORDS,
         "--windows": NUMBERS_IN_WORDS,
     },
     "eval passkey": {
@@ -72,16 +92,29 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "train": {"": ("no task", "")},
     "train memories": {
+        "--settings": PATHS_IN_WORDS,
+        "--set": SETTINGS_IN_WORDS,
         "--backbone": PATHS_IN_WORDS,
-        "--document": PATHS_IN_WORDS,
-        "--steps": NUMBERS_IN_WORDS,
-        "--chunk-size": NUMBERS_IN_WORDS,
+        "--model": PATHS_IN_WORDS,
+        "--text": PATHS_IN_WORDS,
         "--out": PATHS_IN_WORDS,
     },
     "train passkey": {
+        "--settings": PATHS_IN_WORDS,
+        "--set": SETTINGS_IN_WORDS,
         "--out": PATHS_IN_WORDS,
         "--seed": NUMBERS_IN_WORDS,
         "--threads": NUMBERS_IN_WORDS,
+    },
+    "train text": {
+        "--settings": PATHS_IN_WORDS,
+        "--set": SETTINGS_IN_WORDS,
+        "--text": PATHS_IN_WORDS,
+        "--chat": PATHS_IN_WORDS,
+        "--model": PATHS_IN_WORDS,
+        "--backbone": PATHS_IN_WORDS,
+        "--out": PATHS_IN_WORDS,
+        "--seed": NUMBERS_IN_WORDS,
     },
     "watch": {
         "": tuple(path for path in PATHS_IN_WORDS if path != "pipe"),  # which is waited for
@@ -126,8 +159,8 @@ def command_lines(draw: st.DrawFn) -> list[str]:
         words += draw(st.lists(st.sampled_from(OPTIONS[name][""]), min_size=1, max_size=1))
     if name == "ask":
         words.append(draw(st.sampled_from(QUESTIONS)))
-    needed = {"eval memories": ("backbone", "memories", "document")}
-    needed |= dict.fromkeys(("eval starts", "train memories"), ("backbone", "document"))
+    needed = {"eval memories": ("backbone", "memories", "text")}
+    needed |= dict.fromkeys(("eval starts", "train memories"), ("backbone", "text"))
     for option in needed.get(name, ()) if draw(st.booleans()) else ():
         words += [f"--{option}", "model" if option == "backbone" else "file"]
     if name in ("read", "ask"):  # mostly whole, so that more than a missing option is told
@@ -148,14 +181,15 @@ def nothing_measured(folder: Path) -> Iterator[None]:
     def start(*_args: Any, **_options: Any) -> None:
         raise StartedError
 
-    places = ("passkey_report.collect", "bench.report.run", "passkey_training.train")
-    places += ("bench.starts.read_backbone", "memories.Trainer", "memories_report.load_memories")
+    places = ("passkey_report.collect", "bench.report.run")
+    places += ("bench.starts.read_backbone", "memories_report.load_memories")
     with contextlib.ExitStack() as stack:
         for place in places:
             module, _, function = place.rpartition(".")
             package = "fast." if module.startswith("bench") else "fast.tasks."
             stack.enter_context(patch(f"{package}{module}.{function}", start))
-        for place in ("watch.read", "reading._Reading.step", "model.CoMeTModel.generate"):
+        begun = ("watch.read", "reading._Reading.step", "model.CoMeTModel.generate")
+        for place in (*begun, "train.trainer.Trainer.run"):
             stack.enter_context(patch(f"fast.{place}", start))
         stack.enter_context(patch("fast.reading.open_text", lambda *_: ByteText()))
         stack.enter_context(patch("torch.set_num_threads"))

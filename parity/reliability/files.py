@@ -30,12 +30,12 @@ def look(subject: Subject, name: str, words: tuple[str, ...] = ()) -> str:
         if name == "state":
             state = CoMeTState.load(subject.folder / name, subject.model)
             assert_state_equal(state, subject.state, "the damaged state")
-        elif name == "training.pt":
-            run = read_training(subject.folder / name)
+        elif name == "training":
+            run, tensors = read_training(subject.folder / name)
             weights = subject.model.state_dict()
             assert run["number"] == 0
-            assert run["model"].keys() == weights.keys()
-            assert all(torch.equal(x, weights[key]) for key, x in run["model"].items())
+            assert tensors.keys() == weights.keys()
+            assert all(torch.equal(x, weights[key]) for key, x in tensors.items())
         else:
             model = CoMeTModel.from_pretrained(subject.folder / "model")
             assert same_weights(model, subject.model), "other weights were read"

@@ -72,11 +72,11 @@ def kill_writers(folder: Path, times: int, seed: int, same_config: bool) -> Coun
         left = [path for path in folder.rglob("*") if path.name.endswith(UNFINISHED)]
         found["left unfinished"] += bool(left)
         found.update(_look_at_files(folder, pairs, same_config))
-        for name in ("state", "training.pt"):
+        for name in ("state", "training"):
             assert not [path for path in left if name in path.name][1:], "one writer, one file"
     save_all(folder, *pairs[0], 0)
     names = {path.name for path in folder.rglob("*")}
-    assert names == {"state", "training.pt", "model", "config.json", "model.safetensors"}, names
+    assert names == {"state", "training", "model", "config.json", "model.safetensors"}, names
     return found
 
 
@@ -90,9 +90,9 @@ def _look_at_files(
             assert_state_equal(CoMeTState.load(folder / "state", model), state, "the state")
             loaded.append(model)
     assert len(loaded) == 1, "the state is that of one model"
-    run = read_training(folder / "training.pt")
+    run, tensors = read_training(folder / "training")
     weights = pairs[run["number"]][0].state_dict()
-    assert all(torch.equal(x, weights[name]) for name, x in run["model"].items())
+    assert all(torch.equal(x, weights[name]) for name, x in tensors.items())
     words = None
     try:
         model = CoMeTModel.from_pretrained(folder / "model")

@@ -1,0 +1,566 @@
+"""The trainer: settings, data, resuming, sharing, and the curves that it tells."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fast import CoMeTConfig, CoMeTModel, MemoryConfig
+from fast.__main__ import TASKS, main
+from fast.inputs import IGNORE
+from fast.tasks.chats import Labelled, encode_chat, pack, read_chats
+from fast.tasks.passkey_recipe import RECIPE
+from fast.tasks.text import MIXES, Text, at_stride, draw_cut, draw_stride
+from fast.train import Phase, Processes, Settings, Trainer, build_model, read_settings
+from fast.train.report import table
+
+from .assertions import assert_near
+from .strategies import configs, random_model, seeds
+
+pytestmark = pytest.mark.host
+
+PROSE = (Path(__file__).parent.parent / "docs" / "idea.md").read_text(encoding="utf-8")
+
+CONFIG = {
+    "backbone": {
+        "vocab_size": 256,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    },
+    "memory": {
+        "chunk_size": 16,
+        "global_memory_size": 2,
+        "temporary_memory_size": 6,
+        "compression_stride": 4,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    path = tmp_path_factory.mktemp("document") / "prose.txt"
+    path.write_text(PROSE)
+    return path
+
+
+def settings(document, **changes):
+    given = {
+        "config": CONFIG,
+        "text": (str(document),),
+        "batch_size": 4,
+        "phases": (Phase(6, 1e-2, warmup=2),),
+        "options": {"chunks": 4},
+    }
+    return Settings(**{**given, **changes})
+
+
+def trainer(settings, folder, processes=None):
+    model = build_model(settings)
+    return Trainer(TASKS[settings.task](settings, model, processes or Processes()), folder)
+
+
+def weights(run):
+    return {name: p.clone() for name, p in run.model.state_dict().items()}
+
+
+# Settings
+
+
+def test_a_phase_s_rate_rises_and_falls():
+    phase = Phase(10, 2.0, warmup=4, decay="linear", least=0.25)
+    rates = [phase.rate_at(step) for step in range(12)]
+    assert rates[:3] == pytest.approx([0.5, 0.9, 1.2])
+    assert rates[5] == pytest.approx(1.0)
+    assert rates[8:] == pytest.approx([0.5, 0.5, 0.5, 0.5])
+    cosine = Phase(10, 2.0, decay="cosine")
+    assert [cosine.rate_at(step) for step in (0, 5, 10)] == pytest.approx([2.0, 1.0, 0.0])
+    assert Phase(10, 2.0, decay="none").rate_at(9) == 2.0
+    assert Phase(10, 2.0, decay="linear", decay_steps=20).rate_at(10) == pytest.approx(1.0)
+
+
+def test_settings_come_from_a_file_and_from_words(tmp_path):
+    file = tmp_path / "s.toml"
+    file.write_text(
+        'task = "text"\nbatch_size = 3\n[options]\nchunks = 2\n[[phases]]\nsteps = 5\n'
+        "[[phases]]\nsteps = 7\n[phases.options]\nchunks = 4\n"
+    )
+    changes = [
+        "batch_size=5",
+        "phases.1.learning_rate=1",
+        "options.cuts=published",
+        "betas=[0.5,1]",
+    ]
+    found = read_settings(file, changes, seed=4, model=None)
+    assert found.batch_size == 5
+    assert found.betas == (0.5, 1.0)
+    assert found.seed == 4
+    assert found.phases[1].learning_rate == 1.0
+    assert found.steps == 12
+    assert found.options_at(4) == {"chunks": 2, "cuts": "published"}
+    assert found.options_at(5) == {"chunks": 4, "cuts": "published"}
+    assert found.phase_at(6) == (found.phases[1], 1)
+    assert found.phase_at(40) == (found.phases[1], 35)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("batch_size=0", "batch_size is 0; expected at least 1"),
+        ("batch_size=2.5", "batch_size is 2.5; expected an integer"),
+        ("batches=2", "Settings has no batches; known are accumulate"),
+        ("clip=none", "clip is 'none'; expected a number"),
+        ("phases=[]", r"phases is \(\); expected one phase"),
+        ("phases.1.steps=3", "phases.1.steps: '1' is none of 1 items"),
+        ("phases.0.steps=0", "steps is 0; expected at least 1"),
+        ("phases.0.decay=square", "decay is 'square'; expected one of none, linear, cosine"),
+        ("phases=[{}]", "Phase lacks steps"),
+        ("train=some", "train is 'some'; expected 'all' or 'memories'"),
+        ("memory.chunk_size=3", "memory is given without a backbone"),
+        ("seed", "'seed' is not of the form name=value"),
+        ("seed.x=3", "seed.x: seed is 0, which has no fields"),
+        ("betas=[1]", "betas has 1 items; expected 2"),
+        ("options=3", "options is 3; expected a table"),
+        ("autocast=1", "autocast is 1; expected true or false"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, change, told):
+    file = tmp_path / "s.toml"
+    file.write_text("seed = 0\n[[phases]]\nsteps = 5\n")
+    with pytest.raises(ValueError, match=told):
+        read_settings(file, [change])
+
+
+def test_files_that_are_no_settings_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing.toml"):
+        read_settings(tmp_path / "missing.toml")
+    (tmp_path / "bad.toml").write_text("seed = = 3")
+    with pytest.raises(ValueError, match=r"bad\.toml is not TOML"):
+        read_settings(tmp_path / "bad.toml")
+
+
+def test_what_a_run_starts_from_has_to_be_said(document, tmp_path):
+    with pytest.raises(ValueError, match="name no model; give a checkpoint"):
+        trainer(settings(document, config=None), tmp_path)
+    with pytest.raises(ValueError, match="model and config are given; expected one"):
+        settings(document, model="x")
+    with pytest.raises(ValueError, match=r"Options has no chunk; known are"):
+        trainer(settings(document, options={"chunk": 3}), tmp_path)
+    with pytest.raises(ValueError, match=r"chunks is 0; expected at least 1"):
+        trainer(settings(document, phases=(Phase(3), Phase(2, options={"chunks": 0}))), tmp_path)
+    with pytest.raises(ValueError, match="expected files of plain text"):
+        trainer(settings(document, text=()), tmp_path)
+    with pytest.raises(ValueError, match="tokens to train on, fewer than the 16000000 of"):
+        trainer(settings(document, options={"chunks": 10**6}), tmp_path)
+    with pytest.raises(ValueError, match="2 processes need a text each"):
+        trainer(settings(document, batch_size=1), tmp_path, Processes(0, 2))
+
+
+# Cuts and strides
+
+
+@given(st.data(), seeds)
+def test_drawn_cuts_keep_their_bounds(data, seed):
+    chunk, most = data.draw(st.integers(4, 12)), data.draw(st.integers(1, 6))
+    n = data.draw(st.integers(1, chunk * most))
+    rng = np.random.default_rng(seed)
+    sizes = draw_cut(list(range(n)), chunk * most, chunk, {3, 7}, rng)
+    assert sum(sizes) == n
+    assert len(sizes) <= most
+    assert max(sizes) <= chunk
+
+
+def test_cuts_are_mixed_as_published():
+    """In the middle range four texts in ten are cut otherwise than from the start, by all five."""
+    rng = np.random.default_rng(0)
+    ids = list(range(50))
+    cuts = [draw_cut(ids, 100, 10, {13}, rng) for _ in range(4000)]
+    fixed = sum(cut == [10] * 5 for cut in cuts) / 4000
+    # Right-aligned it is the same, and so it is at random where the fewest chunks are drawn.
+    assert fixed == pytest.approx(0.6 + 0.1 + 0.2 / 6, abs=0.03)
+    even = sum(cut == [5] * 10 for cut in cuts) / 4000
+    assert even == pytest.approx(0.05, abs=0.02)
+    ending = sum(len(cut) > 1 and np.cumsum(cut)[1] == 14 for cut in cuts) / 4000
+    assert ending == pytest.approx(0.05, abs=0.03)
+    for _, shares in MIXES:
+        assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_strides_are_drawn_with_falling_weights():
+    rng = np.random.default_rng(0)
+    drawn = [draw_stride((8, 16, 32), rng) for _ in range(7000)]
+    assert [drawn.count(s) / 7000 for s in (8, 16, 32)] == pytest.approx(
+        [9 / 14, 4 / 14, 1 / 14], abs=0.02
+    )
+
+
+@given(configs(), seeds, st.integers(1, 9))
+def test_another_stride_is_the_same_weights(config, seed, stride):
+    if not config.memory.has_temporary:
+        return
+    model = random_model(config, seed)
+    memory = dataclasses.replace(config.memory, compression_stride=stride)
+    other = CoMeTModel(dataclasses.replace(config, memory=memory), model.weights.to_dict())
+    ids = torch.arange(11)[None] % config.backbone.vocab_size
+    with torch.no_grad():
+        found = at_stride(model, stride)(ids).logits
+        assert torch.equal(found, other(ids).logits)
+    assert model.config == config
+
+
+# Chats
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A tiny backbone with a tokenizer of words and a chat template."""
+    words = ["<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n", ".", "[?]"]
+    words += list("abcdefghij")
+    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[?]")
+    raw = tokenizers.Tokenizer(model)
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
+    raw.add_special_tokens(words[:2])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[?]")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }} <|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    folder = tmp_path_factory.mktemp("chatty")
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat(*said):
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": words} for role, words in zip(roles, said, strict=False)]
+
+
+def test_what_the_assistant_says_is_predicted(chatty):
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(chatty)
+    found = encode_chat(tokenizer, chat("a b", "c d e", "f", "g"))
+    words = tokenizer.convert_ids_to_tokens(found.ids)
+    told = [w for w, label in zip(words, found.labels, strict=True) if label != IGNORE]
+    assert told == ["c", "d", "e", "<|im_end|>", "g", "<|im_end|>"]
+    assert (found.labels[found.labels != IGNORE] == found.ids[found.labels != IGNORE]).all()
+    tokenizer.chat_template = "{{ messages | length }} a {{ messages[-1].content }}"
+    with pytest.raises(ValueError, match="writes the beginning of a chat otherwise"):
+        encode_chat(tokenizer, chat("a", "b", "c", "d"))
+
+
+def test_chats_are_read_in_both_forms(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    one, two = chat("a", "b"), chat("c", "d", "e", "f")
+    lines = [{"messages": one, "id": 3}, {"messages": json.dumps(two)}]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert list(read_chats(path)) == [one, two]
+    path.write_text('{"messages": [{"role": "user"}]}')
+    with pytest.raises(ValueError, match=r"chats.jsonl, line 1 is no chat \(KeyError"):
+        list(read_chats(path))
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.booleans()), max_size=12), st.integers(1, 12))
+def test_chats_are_packed_in_order_and_none_is_cut_but_at_the_length(drawn, length):
+    chats = [
+        Labelled(np.full(n, i), np.full(n, i if some else IGNORE))
+        for i, (n, some) in enumerate(drawn)
+    ]
+    texts = pack(chats, length)
+    expected = [np.full(min(n, length), i) for i, (n, some) in enumerate(drawn) if some]
+    joined = np.concatenate([text.ids for text in texts]) if texts else np.empty(0)
+    assert np.array_equal(joined, np.concatenate(expected) if expected else [])
+    assert all(len(text.ids) == len(text.labels) <= length for text in texts)
+    for one, other in itertools.pairwise(texts):  # the next one did not fit
+        assert len(one.ids) + (other.ids == other.ids[0]).sum() > length
+
+
+def test_chats_are_trained_on(chatty, tmp_path):
+    """The loss of what the assistant says falls; an epoch reads each text once."""
+    path = tmp_path / "chats.jsonl"
+    said = [chat(f"{a} {b}", f"{b} {a}") for a in "abcde" for b in "fghij"]
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in said))
+    run = trainer(
+        Settings(
+            backbone=str(chatty),
+            memory={"chunk_size": 8, "global_memory_size": 2, "compression_stride": 4},
+            chat=(str(path),),
+            batch_size=2,
+            phases=(Phase(12, 2e-2),),
+            options={"chunks": 3, "cuts": "published", "strides": (2, 4)},
+        ),
+        tmp_path,
+    )
+    assert {id(run.task._chat(i)) for i in range(len(run.task.chats))} == {
+        id(text) for text in run.task.chats
+    }
+    run.run()
+    found = run.read_metrics()
+    assert found[-1]["loss"] < 0.8 * found[0]["loss"]
+    assert (run.result / "model.safetensors").exists()
+
+
+# The loop
+
+
+def test_the_gradient_is_that_of_one_call(document, tmp_path):
+    """However it is cut: accumulated, recomputed, shared; each process reads its own texts."""
+    base = settings(document, batch_size=4, options={"chunks": 4, "cuts": "published"})
+
+    def gradient(changed, processes=None):
+        run = trainer(changed, tmp_path / "none", processes)
+        rng = np.random.default_rng(5)
+        for losses in run.task.read(0, rng, run.task.options_at(0)):
+            total = 0.0
+            for loss in losses:
+                loss.backward()
+                total += loss.item()
+        return total, {name: p.grad.clone() for name, p in run.trained.items()}
+
+    expected, grads = gradient(base)
+    for changed in (
+        dataclasses.replace(base, recompute=True),
+        dataclasses.replace(base, options={**base.options, "backprop_chunks": 10}),
+    ):
+        found, same = gradient(changed)
+        assert found == pytest.approx(expected, rel=1e-6)
+        for name, grad in grads.items():
+            assert_near(same[name].numpy(), grad.numpy(), name, 1e-5)
+    parts = [gradient(base, Processes(rank, 3)) for rank in range(3)]
+    assert sum(loss for loss, _ in parts) == pytest.approx(expected, rel=1e-6)
+    for name, grad in grads.items():
+        assert_near(sum(g[name] for _, g in parts).numpy(), grad.numpy(), name, 1e-5)
+
+
+def test_accumulated_batches_are_one_step(document, tmp_path):
+    run = trainer(settings(document, batch_size=2, accumulate=3), tmp_path)
+    rng = np.random.default_rng(0)
+    (losses,) = run.task.read(0, rng, run.task.options_at(0))
+    assert sum(1 for _ in losses) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"options": {"chunks": 4, "fewest": 2, "backprop_chunks": 2, "each_window": True}},
+        {"phases": (Phase(3, 1e-2), Phase(3, 1e-3, fresh_optimizer=True, options={"chunks": 2}))},
+        {"train": "memories", "autocast": True, "recompute": True},
+    ],
+)
+def test_a_run_goes_on_where_it_stopped(document, tmp_path, changes):
+    """To the bit: weights, metrics, and the optimizer."""
+    given = settings(document, save_every=2, **changes)
+    whole = trainer(given, tmp_path / "whole")
+    whole.run()
+    cut = trainer(given, tmp_path / "cut")
+
+    def save(own=cut.save):
+        own()
+        raise KeyboardInterrupt
+
+    cut.save = save
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    assert 2 <= cut.step < whole.step
+    with cut.metrics.open("a") as file:
+        file.write('{"step": 99, "loss": 1}\n{"step": 1')  # told after the checkpoint, and torn
+    rest = trainer(given, tmp_path / "cut")
+    rest.run()
+    assert rest.step == whole.step
+    for name, p in weights(whole).items():
+        assert torch.equal(rest.model.state_dict()[name], p), name
+    for one, other in zip(whole.read_metrics(), rest.read_metrics(), strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert len(rest.checkpoints) == given.keep
+    again = trainer(given, tmp_path / "cut")  # a run that has ended does nothing more
+    again.run()
+    assert again.step == whole.step
+
+
+def test_a_run_that_is_killed_goes_on(document, tmp_path):
+    """By SIGKILL, at any moment."""
+    toml = tmp_path / "s.toml"
+    sizes = "\n".join(
+        f"[config.{part}]\n" + "\n".join(f"{name} = {value}" for name, value in fields.items())
+        for part, fields in CONFIG.items()
+    )
+    toml.write_text(f"batch_size = 2\nsave_every = 2\n{sizes}\n[[phases]]\nsteps = 12\n")
+    words = ["train", "text", "--settings", str(toml), "--text", str(document), "--threads", "1"]
+    command = [sys.executable, "-m", "fast", *words, "--out"]
+    threads = torch.get_num_threads()
+    try:
+        main([*words, "--out", str(tmp_path / "whole")])
+    finally:
+        torch.set_num_threads(threads)
+    folder = tmp_path / "cut"
+    for moment in (1, 5):
+        process = subprocess.Popen([*command, str(folder)], stderr=subprocess.DEVNULL)
+        metrics = folder / "metrics.jsonl"
+        while process.poll() is None and (
+            not metrics.exists() or metrics.read_text().count("\n") < moment
+        ):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(folder)], check=True, capture_output=True)
+    one, other = (folder.parent / name / "model" / "model.safetensors" for name in ("whole", "cut"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_processes_of_torchrun_train_the_same_model(document, tmp_path):
+    """Two that share each batch, beside one: the same losses and, but for rounding, weights."""
+    toml = tmp_path / "s.toml"
+    toml.write_text(
+        "batch_size = 3\n[[phases]]\nsteps = 4\nlearning_rate = 1e-3\n"
+        + "\n".join(
+            f"[config.{part}]\n" + "\n".join(f"{n} = {v}" for n, v in fields.items())
+            for part, fields in CONFIG.items()
+        )
+    )
+    words = ["-m", "fast", "train", "text", "--settings", str(toml), "--text", str(document)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for start, name in (([sys.executable], "one"), (two, "two")):
+        subprocess.run(
+            [*start, *words, "--out", str(tmp_path / name)],
+            check=True,
+            capture_output=True,
+            env=environment,
+        )
+    metrics = [
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")
+    ]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in metrics]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, two = (CoMeTModel.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    for name, p in one.state_dict().items():
+        assert_near(two.state_dict()[name].numpy(), p.numpy(), name, 1e-3)
+
+
+def test_the_memories_alone_move(document, tmp_path):
+    run = trainer(settings(document, train="memories"), tmp_path)
+    before = weights(run)
+    run.run()
+    moved = {name for name, p in weights(run).items() if not torch.equal(before[name], p)}
+    assert moved
+    assert all("memory" in name or name.startswith("weights.") for name in moved)
+    assert not any("_proj" in name or "embed_tokens" in name for name in moved)
+    assert run.result.name == "memories.safetensors"
+    assert run.result.exists()
+
+
+def test_memories_have_a_rate_of_their_own(document, tmp_path):
+    """AdamW's first step moves each weight by its rate."""
+    phases = (Phase(1, 1e-4, decay="none"),)
+    run = trainer(settings(document, phases=phases, memory_rate=3.0, clip=1e9), tmp_path)
+    before = weights(run)
+    run.run()
+    after = weights(run)
+    steps = {name: float((after[name] - p).abs().max()) for name, p in before.items()}
+    assert steps["weights.layers.0.q_proj.weight"] == pytest.approx(1e-4, rel=0.02)
+    assert steps["weights.layers.0.temporary_memory.adapter_up.weight"] == pytest.approx(
+        3e-4, rel=0.02
+    )
+
+
+def test_the_held_out_loss_falls(document, tmp_path):
+    run = trainer(
+        settings(document, phases=(Phase(30, 1e-2),), evaluate_every=10, batch_size=8), tmp_path
+    )
+    run.run()
+    found = [told["held_out_nats"] for told in run.read_metrics() if "held_out_nats" in told]
+    assert len(found) == 3
+    assert found[-1] < found[0] < 5.6
+    assert run.task.evaluate()["nats"] == pytest.approx(found[-1])
+    with torch.no_grad():
+        n = run.task.longest
+        ids = torch.from_numpy(run.task.held_out_prose[:n])[None]
+        assert run.model(ids, labels=ids).loss.item() == pytest.approx(found[-1], rel=0.3)
+
+
+def test_a_folder_keeps_to_its_run(document, tmp_path):
+    given = settings(document)
+    run = trainer(given, tmp_path)
+    run.run()
+    with pytest.raises(ValueError, match=r"is of a run of other settings \(seed: 0\)"):
+        trainer(dataclasses.replace(given, seed=1), tmp_path)
+    trainer(dataclasses.replace(given, keep=9, evaluate_every=1), tmp_path)
+    newest = run.checkpoints[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut short"):
+        trainer(given, tmp_path)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(document, tmp_path):
+    run = trainer(settings(document), tmp_path)
+    with torch.no_grad():
+        run.trained["norm"].fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan; go on from"):
+        run.run()
+
+
+def test_the_command_trains_and_tells(chatty, document, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "text", "--text", str(document), "--out", str(tmp_path)])
+    assert "the settings name no model" in capsys.readouterr().err
+    main(
+        [
+            "train",
+            "text",
+            "--text",
+            str(document),
+            "--out",
+            str(tmp_path),
+            "--backbone",
+            str(chatty),
+        ]
+        + ["--set", "phases.0.steps=3", "memory={chunk_size = 8}", "train=memories", "batch_size=2"]
+    )
+    told = capsys.readouterr().out
+    assert "| steps | loss | learning rate | gradient norm | seconds |" in told
+    assert "| 3 to 3 |" in told
+    assert f"wrote {tmp_path / 'memories.safetensors'}" in told
+    assert (tmp_path / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_means_what_was_told():
+    metrics = [{"step": i + 1, "loss": float(i)} for i in range(4)]
+    metrics[3]["answers"] = 0.5
+    assert table(metrics, rows=2).splitlines() == [
+        "| steps | loss | answers |",
+        "| ---: | ---: | ---: |",
+        "| 1 to 2 | 0.5 |  |",
+        "| 3 to 4 | 2.5 | 0.5 |",
+    ]
+
+
+def test_the_shipped_recipe_is_of_the_shipped_model():
+    found = read_settings(RECIPE)
+    shipped = Path(RECIPE).parent / "passkey_model"
+    config = CoMeTModel.from_pretrained(shipped).config
+    assert CoMeTConfig.from_dict(found.config) == config
+    assert isinstance(config.memory, MemoryConfig)
+    assert issubclass(TASKS["text"], Text)
