@@ -27,7 +27,14 @@ from .files import atomic_write, check_writable
 from .inputs import MOST, check_count
 from .machine import keep_memory, machine, threads
 from .model import CoMeTModel
-from .tasks import memories, memories_report, passkey, passkey_recipe, passkey_report
+from .tasks import (
+    memories,
+    memories_report,
+    passkey,
+    passkey_diagnosis,
+    passkey_recipe,
+    passkey_report,
+)
 from .tasks.passkey_training import PassKey
 from .tasks.text import Text
 from .train import report as training_report
@@ -95,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
                          "arrays of that library (default: PyTorch)")  # fmt: skip
     measure.add_argument("--haystack", help="a text file (default: the built-in text)")
     measure.add_argument("--out", type=Path, help="folder for results and pictures")
+    measure.add_argument("--diagnose", action="store_true", help="instead, tell what writes to the "
+                         "memory in prose without a key, and whether late keys get in")  # fmt: skip
     measure.set_defaults(run=_measure)
     compare = tasks.add_parser("memories", help="what trained memories are worth to a backbone",
                                description=memories_report.__doc__,
@@ -297,7 +306,23 @@ def _demo(args: argparse.Namespace) -> None:
     passkey_report.demo(args.out, args.lengths, args.processes)
 
 
+def _diagnose(args: argparse.Namespace) -> None:
+    setting = passkey_diagnosis.Setting(model=args.model, haystack=args.haystack, seed=args.seed)
+    files = [] if args.out is None else [args.out / f"diagnosis.{kind}" for kind in ("json", "png")]
+    for file in files:
+        check_writable(file)
+    keep_memory()
+    found = passkey_diagnosis.diagnose(setting)
+    print(f"\n{passkey_diagnosis.table(found)}\n\n{machine(threads())}")
+    if files:
+        atomic_write(files[0], json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        print(f"wrote {files[0]}\nwrote {passkey_diagnosis.draw(found, files[1])}")
+
+
 def _measure(args: argparse.Namespace) -> None:
+    if args.diagnose:
+        _diagnose(args)
+        return
     setting = passkey_report.Setting(
         args.variant,
         args.keys,

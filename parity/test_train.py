@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,30 @@ def weights(run):
 
 
 # Settings
+
+
+DOCS = (Path(__file__).parent.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
+
+
+def test_the_page_s_settings_are_settings(tmp_path):
+    """Its example is read, and every setting and option of its tables is one, with that default."""
+    path = tmp_path / "s.toml"
+    path.write_text(re.search(r"```toml\n(.*?)```", DOCS, re.DOTALL)[1])
+    found = read_settings(path)
+    assert found.steps == 1000
+    assert [Text.options_class(**found.options_at(step)).chunks for step in (0, 999)] == [2, 8]
+    fields = {f.name for kind in (Settings, Text.options_class) for f in dataclasses.fields(kind)}
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*?) \|", DOCS, re.MULTILINE)
+    named = {name for names, _ in rows for name in re.findall(r"\w+", names)}
+    assert len(named) > 15
+    assert named <= fields
+    defaults = {**vars(Settings()), **vars(Text.options_class())}
+    for names, told in rows:
+        for name, value in zip(re.findall(r"\w+", names), told.split(", "), strict=False):
+            if value.isdecimal():
+                assert defaults[name] == int(value), name
+            elif value == "none":
+                assert not defaults[name], name
 
 
 def test_a_phase_s_rate_rises_and_falls():
@@ -499,6 +525,31 @@ def test_the_held_out_loss_falls(document, tmp_path):
         n = run.task.longest
         ids = torch.from_numpy(run.task.held_out_prose[:n])[None]
         assert run.model(ids, labels=ids).loss.item() == pytest.approx(found[-1], rel=0.3)
+
+
+def test_tensorboard_is_told_where_it_is_installed(document, tmp_path, monkeypatch):
+    """What the metrics tell, from the step on that the run goes on from."""
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            told.append((folder.name, purge_step))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, value, step))
+
+        def close(self):
+            told.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = trainer(settings(document, phases=(Phase(2, 1e-3),)), tmp_path)
+    run.run()
+    assert told[0] == ("tensorboard", 1)
+    assert told[-1] == "closed"
+    losses = [(value, step) for name, value, step in told[1:-1] if name == "loss"]
+    assert losses == [(found["loss"], found["step"]) for found in run.read_metrics()]
 
 
 def test_a_folder_keeps_to_its_run(document, tmp_path):

@@ -166,6 +166,7 @@ class Trainer:
         self.settings, self.model, self.processes = task.settings, task.model, task.processes
         self.trained = trained_weights(self.model, self.settings)
         self.step = self.texts = 0
+        self.board: Any = None  # of TensorBoard, while a run goes
         self._new_optimizer()
         if not self._load() and self.settings.config is not None:
             task.start()
@@ -276,6 +277,10 @@ class Trainer:
         steps, saved = self.settings.steps, self.step
         if not self.processes.rank:
             self._cut_metrics()
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
         bar = tqdm(
             total=steps,
             initial=self.step,
@@ -294,6 +299,8 @@ class Trainer:
                 if self.step - saved >= self.settings.save_every or self.step == steps:
                     self.save()
                     saved = self.step
+        if self.board is not None:
+            self.board.close()
 
     def _read_texts(self) -> Iterator[dict[str, float]]:
         """One batch of texts; yields what each step of the optimizer is told by."""
@@ -359,6 +366,9 @@ class Trainer:
         if not self.processes.rank:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found) + "\n")
+            if self.board is not None:
+                for name in set(found) - {"step"}:
+                    self.board.add_scalar(name, found[name], self.step)
 
     def read_metrics(self) -> list[dict[str, float]]:
         """What the metrics tell of every step so far; a line that was not finished is left out."""
