@@ -32,9 +32,11 @@ from .tasks import (
     memories_report,
     passkey,
     passkey_diagnosis,
+    passkey_keeping,
     passkey_recipe,
     passkey_report,
 )
+from .tasks.passkey_keeping import KeepingKeys
 from .tasks.passkey_training import PassKey
 from .tasks.text import Text
 from .train import report as training_report
@@ -142,10 +144,16 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train a model; goes on where it stopped"
     ).add_subparsers(dest="task", required=True)
     train = tasks.add_parser("passkey", help="the byte-level model that finds pass keys")
+    keep = tasks.add_parser("keeping", help="its last stage: keep keys in long prose")
     learn = tasks.add_parser("text", help="any model, on text or chats of your own")
     learn.add_argument("--chat", nargs="+", metavar="FILE", help="chats, a line of JSON each")
     adapt = tasks.add_parser("memories", help="the memories of a pretrained backbone")
-    recipes = {train: passkey_recipe.RECIPE, learn: None, adapt: memories.RECIPE}
+    recipes = {
+        train: passkey_recipe.RECIPE,
+        keep: passkey_keeping.RECIPE,
+        learn: None,
+        adapt: memories.RECIPE,
+    }
     for command, recipe in recipes.items():
         command.add_argument("--settings", type=Path, default=recipe, metavar="FILE", help="TOML: "
                              "fields of fast.train.Settings (default: "
@@ -158,6 +166,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, help="in place of the settings'")
         command.add_argument("--threads", type=int, help="threads to compute with (default: all)")
         command.set_defaults(run=_train)
+    keep.add_argument("--model", metavar="FOLDER", default=str(passkey.SHIPPED), help="the model to "
+                      "start from (default: the shipped one)")  # fmt: skip
     for command in (learn, adapt):
         command.add_argument("--text", nargs="+", metavar="FILE", help="plain text, UTF-8; the last "
                              "tenth of each is held out")  # fmt: skip
@@ -398,6 +408,7 @@ def _starts(args: argparse.Namespace) -> None:
 
 
 TASKS: dict[str, type[training.Task]] = {
+    "keeping": KeepingKeys,
     "memories": memories.Memories,
     "passkey": PassKey,
     "text": Text,

@@ -29,7 +29,7 @@ from . import passkey
 from .passkey_recipe import LATE_WINDOWS, Options
 from .passkey_texts import Texts
 
-__all__ = ["PassKey"]
+__all__ = ["PassKey", "change_of"]
 
 
 class PassKey(Task):
@@ -110,7 +110,7 @@ class PassKey(Task):
         loss = options.language_weight * out.loss
         if state is not None:
             quiet = torch.from_numpy((texts.starts >= end) | (texts.ends <= start))
-            change = _change(state, closed)[quiet.to(self.model.device)]
+            change = change_of(state, closed)[quiet.to(self.model.device)]
             loss = loss + options.stay_weight * change.sum() / len(quiet)
         answer = self._ask(texts, closed, end, rng, options)
         return closed, loss if answer is None else loss + answer
@@ -150,7 +150,7 @@ def _with_noise(state: CoMeTState, size: float) -> CoMeTState:
     return dataclasses.replace(state, global_state=noisy)
 
 
-def _change(before: CoMeTState, after: CoMeTState) -> Tensor:
+def change_of(before: CoMeTState, after: CoMeTState) -> Tensor:
     """Mean absolute change of the global state, [b]."""
     pairs = zip(before.global_state, after.global_state, strict=True)
     return torch.stack([(new - old).abs().mean((1, 2)) for old, new in pairs]).mean(0)

@@ -77,6 +77,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--lengths": NUMBERS_IN_WORDS,
         "--keys": NUMBERS_IN_WORDS,
         "--tails": (),
+        "--diagnose": (),
         "--seed": NUMBERS_IN_WORDS,
         "--model": PATHS_IN_WORDS,
         "--engine": ("numpy", "jax", ""),
@@ -105,6 +106,12 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--out": PATHS_IN_WORDS,
         "--seed": NUMBERS_IN_WORDS,
         "--threads": NUMBERS_IN_WORDS,
+    },
+    "train keeping": {
+        "--settings": PATHS_IN_WORDS,
+        "--set": SETTINGS_IN_WORDS,
+        "--model": PATHS_IN_WORDS,
+        "--out": PATHS_IN_WORDS,
     },
     "train text": {
         "--settings": PATHS_IN_WORDS,
@@ -181,7 +188,7 @@ def nothing_measured(folder: Path) -> Iterator[None]:
     def start(*_args: Any, **_options: Any) -> None:
         raise StartedError
 
-    places = ("passkey_report.collect", "bench.report.run")
+    places = ("passkey_report.collect", "passkey_diagnosis.diagnose", "bench.report.run")
     places += ("bench.starts.read_backbone", "memories_report.load_memories")
     with contextlib.ExitStack() as stack:
         for place in places:
