@@ -17,15 +17,30 @@ from torch.utils.checkpoint import checkpoint
 
 from reference.config import CoMeTConfig
 
-from .global_memory import update_global
-from .layers import Weights, causal_mask, decoder_layer, look_up, take_slots, tensor_of
+from .global_memory import read_global, update_global
+from .layers import (
+    Weights,
+    causal_mask,
+    decoder_layer,
+    look_up,
+    project_memory,
+    take_slots,
+    tensor_of,
+)
 from .rows import Row
 from .temporary_memory import update_temporary
 
 if TYPE_CHECKING:
     from .recorder import Recorder
 
-__all__ = ["embed", "recompute", "recompute_from_host", "run_layer", "run_layers"]
+__all__ = [
+    "embed",
+    "open_row",
+    "recompute",
+    "recompute_from_host",
+    "run_layer",
+    "run_layers",
+]
 
 Rotation = tuple[Tensor, Tensor]
 Tensors = tuple[Tensor, ...]
@@ -73,6 +88,36 @@ def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) ->
     if config.memory.has_global:
         parts.append(tensor_of(params["readout_embeddings"]).expand(len(text), -1, -1))
     return take_slots(torch.cat(parts, dim=1), source)
+
+
+def open_row(
+    global_state: Tensor | None,
+    queue: Tensor | None,
+    slots: int,
+    rotation: Rotation,
+    config: CoMeTConfig,
+    *,
+    weights: Weights,
+) -> tuple[Tensor, Tensor]:
+    """One layer's row as it starts: [G_t | T_t] as keys and values.
+
+    Args:
+        global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
+        slots: of the longest row that starts. A sequence with fewer reads on over the rest.
+        rotation: (cos, sin) of positions 0 .. slots - 1.
+        weights: the layer's.
+
+    Returns:
+        keys, values, each [b, k, slots, e].
+    """
+    parts = []
+    if global_state is not None:
+        parts.append(read_global(global_state, weights["global_memory"]))
+    if queue is not None:
+        parts.append(queue)
+    joined = torch.cat(parts, dim=1)[:, :slots]  # [b, slots, d]
+    keys, values = project_memory(joined, rotation, weights, config.backbone)
+    return keys.to(joined.dtype), values.to(joined.dtype)  # under autocast they are narrower
 
 
 def run_layer(

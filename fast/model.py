@@ -38,6 +38,7 @@ from .inputs import (
 from .layers import Weights, linear, rms_norm, take_slots, tensor_of, widen
 from .parameters import ParameterTree, initialize
 from .recorder import Recorder
+from .rows import Row
 from .sampling import sample
 from .state import CoMeTState
 from .stream import Reading, close_chunk, join, new_state, read
@@ -51,6 +52,7 @@ __all__ = [
     "for_gradients",
     "language_loss",
     "predict",
+    "score_round",
     "shift_labels",
     "sum_of_losses",
 ]
@@ -121,6 +123,41 @@ def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(
         widen(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
+
+
+def score_round(
+    hidden: Tensor,
+    row: Row,
+    targets: Tensor,
+    params: Weights,
+    config: CoMeTConfig,
+    again: Recompute | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of a round's labels: the sum of their losses, and how many they are.
+
+    Args:
+        hidden: [b, w, d], the top layer's output at the round's text tokens.
+        row: how the round was laid out, on the device.
+        targets: [b, n + 1] of the call, IGNORE in the last column, which padding reads.
+        again: how the loss of a few tokens is called, so that their logits are computed again in the
+            backward pass; None keeps all logits.
+
+    Returns:
+        Two scalars: nats, and an int64.
+    """
+
+    def score(hidden: Tensor, wanted: Tensor) -> Tensor:
+        return sum_of_losses(predict(hidden, params, config), wanted)
+
+    wanted = take_slots(targets, row.columns)
+    predicted = wanted != IGNORE
+    hidden, wanted = hidden[predicted], wanted[predicted]
+    if again is None or not torch.is_grad_enabled():
+        return score(hidden, wanted), predicted.sum()
+    nats = widen(hidden).new_zeros(())
+    for tokens, labels in zip(hidden.split(SCORED), wanted.split(SCORED), strict=True):
+        nats = nats + again(score, tokens, labels)
+    return nats, predicted.sum()
 
 
 def for_gradients(state: CoMeTState) -> CoMeTState:
@@ -487,26 +524,8 @@ class CoMeTModel(nn.Module):
     def _score(
         self, part: Reading, targets: Tensor, again: Recompute | None
     ) -> tuple[Tensor, Tensor]:
-        """Of a round's labels: the sum of their losses, and how many they are.
-
-        Args:
-            targets: [b, n + 1] of the call.
-            again: how the loss of a few tokens is called, so that their logits are computed again in
-                the backward pass; None keeps all logits.
-        """
-        wanted = take_slots(targets, part.row.columns)
-        predicted = wanted != IGNORE
-        hidden, wanted = part.hidden[predicted], wanted[predicted]
-        if again is None or not torch.is_grad_enabled():
-            return self._score_tokens(hidden, wanted), predicted.sum()
-        nats = widen(hidden).new_zeros(())
-        for tokens, labels in zip(hidden.split(SCORED), wanted.split(SCORED), strict=True):
-            nats = nats + again(self._score_tokens, tokens, labels)
-        return nats, predicted.sum()
-
-    def _score_tokens(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """The sum of the losses of some tokens, [n, d] and [n]."""
-        return sum_of_losses(predict(hidden, self.weights, self.config), wanted)
+        """`score_round` of a part of a call."""
+        return score_round(part.hidden, part.row, targets, self.weights, self.config, again)
 
     @untraced(recursive=False)
     def generate(

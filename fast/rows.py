@@ -24,7 +24,7 @@ from .chunking import Round
 if TYPE_CHECKING:
     from .state import CoMeTState
 
-__all__ = ["KINDS", "Row", "count_round", "lay_out", "slot_kinds"]
+__all__ = ["KINDS", "Row", "count_memory_slots", "count_round", "lay_out", "slot_kinds"]
 
 Index = Any
 """An integer array: NumPy's where it is laid out, a device's after `Row.map`."""
@@ -102,6 +102,19 @@ class Row:
         whole = np.concatenate(list(arrays.values()), axis=1)
         parts = function(whole, [x.shape[1] for x in arrays.values()])
         return dataclasses.replace(self, **dict(zip(arrays, parts, strict=True)))
+
+
+def count_memory_slots(state: CoMeTState, memory: MemoryConfig) -> np.ndarray:
+    """Slots of both memories that a row starts with, were it to start now.
+
+    Args:
+        state: where the streams stand. Only counts are read.
+        memory: of the model.
+
+    Returns:
+        [b] int64.
+    """
+    return (state.chunks > 0) * memory.global_slots + state.queue_length
 
 
 def lay_out(

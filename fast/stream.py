@@ -22,12 +22,11 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig
 
-from .cells import Recompute, Rotation, Tensors, run_layers
+from .cells import Recompute, Rotation, Tensors, open_row, run_layers
 from .chunking import Round, plan_rounds
 from .compiling import untraced
-from .global_memory import read_global
-from .layers import Weights, project_memory, put_slots, rotary_tables, take_slots
-from .rows import Row, count_round, lay_out
+from .layers import Weights, put_slots, rotary_tables, take_slots
+from .rows import Row, count_memory_slots, count_round, lay_out
 from .state import CoMeTState, fingerprint
 
 if TYPE_CHECKING:
@@ -39,7 +38,9 @@ __all__ = [
     "join",
     "new_state",
     "open_chunk",
+    "place_row",
     "read",
+    "rotations_at",
     "run_row",
 ]
 
@@ -86,7 +87,9 @@ def new_state(
 
 
 @untraced()
-def _rotations(positions: np.ndarray, params: Weights, config: CoMeTConfig) -> tuple[Rotation, ...]:
+def rotations_at(
+    positions: np.ndarray, params: Weights, config: CoMeTConfig
+) -> tuple[Rotation, ...]:
     """`rotary_tables` of positions [r, n], on the weights' device, in float32 or wider."""
     like = params["norm"]
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -129,26 +132,23 @@ def open_chunk(
     """
     if opens is None:
         opens = np.ones(state.batch_size, dtype=bool)
-    has_state = state.chunks > 0
-    memory_slots = has_state * config.memory.global_slots + state.queue_length  # [b]
+    memory_slots = count_memory_slots(state, config.memory)  # [b]
     slots = int(memory_slots[opens].max())
     if slots == 0:
         return state
     row_length = np.where(opens, memory_slots, state.row_length)
     longest = int(row_length.max())
-    rotations = _rotations(np.arange(slots)[None], params, config)
+    rotations = rotations_at(np.arange(slots)[None], params, config)
     keys, values = [], []
     for i, weights in enumerate(params["layers"]):
-        parts = []
-        if config.memory.has_global:
-            parts.append(read_global(state.global_state[i], weights["global_memory"]))
-        if config.memory.has_temporary:
-            parts.append(state.temporary_memory[i])
-        # A sequence without memories yet, beside ones that have: its row begins over these slots.
-        joined = torch.cat(parts, dim=1)[:, :slots]  # [b, m + q, d]
-        rotation = rotations[i in config.backbone.unrotated_layers]
-        k, v = project_memory(joined, rotation, weights, config.backbone)
-        k, v = k.to(joined.dtype), v.to(joined.dtype)  # under autocast they are narrower
+        k, v = open_row(
+            state.global_state[i] if state.global_state else None,
+            state.temporary_memory[i] if state.temporary_memory else None,
+            slots,
+            rotations[i in config.backbone.unrotated_layers],
+            config,
+            weights=weights,
+        )
         keys.append(_where_rows(opens, _fit(k, longest), _fit(state.keys[i], longest)))
         values.append(_where_rows(opens, _fit(v, longest), _fit(state.values[i], longest)))
     return dataclasses.replace(state, row_length=row_length, keys=tuple(keys), values=tuple(values))
@@ -229,7 +229,7 @@ def run_row(
     hidden, keys, values, states, queue = run_layers(
         take_slots(text, row.columns),
         row,
-        _rotations(laid_out.positions, params, config),
+        rotations_at(laid_out.positions, params, config),
         state.keys,
         state.values,
         state.global_state,
@@ -251,9 +251,12 @@ def _lay_out(
 ) -> tuple[Row, Row]:
     """The round's layout, on the host and on the text's device."""
     laid_out = lay_out(state, plan, config.memory, text.shape[1] - 1, outputs)
-    device = text.device
-    row = laid_out.map(lambda x, widths: torch.from_numpy(x).to(device).split(widths, dim=1))
-    return laid_out, row
+    return laid_out, place_row(laid_out, text.device)
+
+
+def place_row(laid_out: Row, device: torch.device) -> Row:
+    """A row that was laid out on the host, on a device."""
+    return laid_out.map(lambda x, widths: torch.from_numpy(x).to(device).split(widths, dim=1))
 
 
 @untraced()
