@@ -529,5 +529,35 @@ FAULTS = {
         "pass",
         "test_huggingface::test_ids_that_do_not_go_on_from_a_cache_are_refused",
     ),
+    "gradients of a queue not sent back": (
+        "parallel/step.py",
+        "[self._zeros(s) if x is None else x for s, x in pairs]",
+        "[self._zeros(s) if x is None or x is gradients[1] else x for s, x in pairs]",
+        "test_pipeline::test_a_shared_step_is_the_step_of_one_process",
+    ),
+    "gradients of the layers in the order of the way up": (
+        "parallel/step.py",
+        "coming[len(self.layers) - 1 - i]()",
+        "coming[i]()",
+        "test_pipeline::test_a_shared_step_is_the_step_of_one_process",
+    ),
+    "a group's own labels counted, not those of all texts": (
+        "parallel/pipeline.py",
+        "int(num_labels[:, 0].sum())",
+        "text.num_labels",
+        "test_pipeline::test_a_shared_step_is_the_step_of_one_process",
+    ),
+    "a parameter that this worker does not use left out of the sums": (
+        "parallel/pipeline.py",
+        "used = [p.grad is not None for p in sources]",
+        "used = [self._ring.worker == 0 and p.grad is not None for p in sources]",
+        "test_pipeline::test_a_shared_step_is_the_step_of_one_process",
+    ),
+    "a block dealt to the worker that has just had one": (
+        "parallel/simulator.py",
+        "worker, size = number % workers, sizes[number]",
+        "worker, size = number * workers // len(sizes), sizes[number]",
+        "test_simulator::test_the_simulator_is_the_schedule_cell_by_cell",
+    ),
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the test that notices)."""
