@@ -20,6 +20,7 @@ from reference.config import MemoryConfig
 from . import reading, watch
 from . import train as training
 from .bench import devices as bench_devices
+from .bench import pipeline as bench_pipeline
 from .bench import pretrained as bench_pretrained
 from .bench import report as bench_report
 from .bench import starts
@@ -73,6 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if args.command == "bench" and args.device == "cpu" and args.page is not None:
         parser.error("--page needs --device cuda: that page is of GPUs alone")
+    if args.command == "bench" and args.what is None and args.simulate:
+        parser.error("--simulate is of `bench pipeline`")
     try:
         _check_numbers(args)
         args.run(args)
@@ -127,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     begin.set_defaults(run=_starts)
 
     bench = commands.add_parser("bench", help="measure speed and memory, side by side")
+    bench.add_argument("what", nargs="?", choices=["pipeline"], help="instead, training steps that "
+                       "two worker processes share")  # fmt: skip
+    bench.add_argument("--simulate", action="store_true", help="of `pipeline`: also the times that "
+                       "its costs make likely with up to 1,024 workers")  # fmt: skip
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
     bench.add_argument("--device", choices=["cuda", "cpu"], help="the engine beside PyTorch, on a "
                        "GPU, or a few rows on the CPU (default: PyTorch alone)")  # fmt: skip
@@ -298,7 +305,12 @@ def _needed(args: argparse.Namespace) -> list[str]:
         args.command == "demo"
         or args.command == "train"
         or (args.command == "eval" and args.out is not None)
-        or (args.command == "bench" and args.page is not None and args.device is None)
+        or (
+            args.command == "bench"
+            and args.page is not None
+            and args.device is None
+            and args.what is None
+        )
     )
     return ["tqdm", "matplotlib"] if draws else ["tqdm"]
 
@@ -354,6 +366,9 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.what == "pipeline":
+        bench_pipeline.run(args.out, args.quick, args.simulate, args.page)
+        return
     if args.backbone is not None:
         keep_memory()
         sizes: dict[str, Any] = {"length": 2048, "new": 16, "rounds": 1} if args.quick else {}

@@ -555,8 +555,8 @@ FAULTS = {
     ),
     "a block dealt to the worker that has just had one": (
         "parallel/simulator.py",
-        "worker, size = number % workers, sizes[number]",
-        "worker, size = number * workers // len(sizes), sizes[number]",
+        "worker, cell, head = number % workers,",
+        "worker, cell, head = number * workers // len(starts),",
         "test_simulator::test_the_simulator_is_the_schedule_cell_by_cell",
     ),
 }

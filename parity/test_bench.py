@@ -13,10 +13,12 @@ import torch
 
 from fast import MemoryConfig
 from fast.__main__ import main
-from fast.bench import devices, pretrained, report, speed
+from fast.bench import devices, pipeline, pretrained, report, speed
 from fast.bench.speed import MEMORIES, Case, Timed, chunk_work, take_turns
 from fast.cupy_engine import CoMeTEngine
 from fast.cupy_engine import engine as engine_module
+from fast.parallel import Span
+from fast.parallel.simulator import Costs
 
 from .test_backbones import small
 
@@ -336,3 +338,48 @@ def test_a_backbone_is_timed_beside_itself_in_transformers(tmp_path, capsys, mon
     monkeypatch.setattr(pretrained, "load_theirs", lambda _, dtype: theirs(other, dtype))
     with pytest.raises(AssertionError, match="do not choose the same tokens"):
         pretrained.measure(path, **sizes)
+
+
+def test_the_pipeline_s_bench_runs_and_fills_its_page(tmp_path, capsys, monkeypatch):
+    """The least of everything, in two processes of its own."""
+    least = pipeline.Setting("small", "128/8/16", rounds=1, chunks=(3,), blocks=(1,), picture=2)
+    monkeypatch.setattr(pipeline, "QUICK", least)
+    page, out = tmp_path / "page.md", tmp_path / "out"
+    names = ("machine", "measured", "predicted", "scaling")
+    page.write_text("".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names))
+    main(["bench", "pipeline", "--quick", "--simulate", "--out", str(out), "--page", str(page)])
+    printed, filled = capsys.readouterr().out, page.read_text()
+    assert "old" not in filled
+    parts = re.findall(r"<!-- (?!end)\w+ -->\n(.*?)\n<!-- end -->", filled, re.DOTALL)
+    assert len(parts) == len(names)
+    assert all(part in printed for part in parts)
+    assert len(re.findall(r"^\| 3 \| 1 \| (one process|two workers)", filled, re.MULTILINE)) == 3
+    assert len(re.findall(r"^\| 16M \| [\d,]+ \|", filled, re.MULTILINE)) == len(pipeline.SIZES)
+    found = json.loads((out / "pipeline.json").read_text())
+    spans = found["picture"]
+    for kind in ("forward", "backward"):
+        cells = [(s["chunk"], s["layer"]) for s in spans if s["kind"] == kind]
+        assert sorted(cells) == [(t, i) for t in range(2) for i in range(3)]
+    assert all(s["worker"] == s["chunk"] % 2 for s in spans if s["chunk"] >= 0)
+    assert all(0 < s["start"] < s["end"] for s in spans)
+    assert len(found["costs"]["forward"]) == 2  # the first chunk's, and that of the second half
+
+
+def test_costs_are_the_medians_of_recorded_steps():
+    def worker(number, chunks, slower):
+        """What it does: of chunk t, a cell forward t + 1 seconds, and back twice as long."""
+        spans = [Span("forward", number, t, 0, 0.5, 1.5 + t + slower) for t in chunks]
+        spans += [Span("backward", number, t, 0, 10.0, 12.0 + 2 * t) for t in chunks]
+        spans += [Span("head", number, t, -1, 8.0, 8.25) for t in chunks]
+        return [*spans, Span("add", number, -1, -1, 20.0, 21.0 + number)]
+
+    steps = [[worker(0, (0, 2), slower), worker(1, (1, 3), slower)] for slower in (0.0, 0.0, 9.0)]
+    costs = pipeline.costs_of(steps, 0.125)
+    assert costs == Costs((1.0, 2.0, 4.0), (2.0, 4.0, 7.0), 0.25, 0.125, 0.5 + 1.0)
+
+
+def test_simulate_is_an_option_of_the_pipeline(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--simulate"])
+    assert stop.value.code == 2
+    assert "--simulate is of `bench pipeline`" in capsys.readouterr().err

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.host
 
 few = st.integers(1, 6)
 times = st.floats(0.1, 3.0)
+cells = st.lists(times, min_size=1, max_size=4).map(tuple)
 
 
 def step_by_step(costs, layers, chunks, workers, block, naive):
@@ -33,33 +34,36 @@ def step_by_step(costs, layers, chunks, workers, block, naive):
                         needed = layer_order if naive else [layer]
                         late = max(end[number, before, i] for i in needed)
                         ready = max(ready, late + costs.transfer * (workers > 1))
-                    free[worker] = end[number, chunk, layer] = ready + cell
+                    seconds = cell[min(chunk, len(cell) - 1)]
+                    free[worker] = end[number, chunk, layer] = ready + seconds
             free[worker] += head * len(group)
     return max(free) + costs.rest
 
 
-@given(st.builds(Costs, times, times, times, times, times), few, st.integers(1, 12), few,
+@given(st.builds(Costs, cells, cells, times, times, times), few, st.integers(1, 12), few,
        st.integers(1, 4), st.booleans())  # fmt: skip
 def test_the_simulator_is_the_schedule_cell_by_cell(costs, layers, chunks, workers, block, naive):
     found = simulate(costs, layers, chunks, workers, block, naive=naive)
     expected = step_by_step(costs, layers, chunks, workers, block, naive)
     assert found.seconds == pytest.approx(expected, rel=1e-12)
-    busy = chunks * (layers * (costs.forward + costs.backward) + costs.head)
+    busy = step_by_step(costs, layers, chunks, 1, 1, False) - costs.rest  # one never waits
     assert found.bubble == pytest.approx(1 - busy / (workers * expected), abs=1e-12)
 
 
 @given(times, times, few, few, few, few)
 def test_the_bubble_is_what_the_formula_says(forward, backward, layers, workers, block, rounds):
-    found = simulate(Costs(forward, backward), layers, block * workers * rounds, workers, block)
+    found = simulate(
+        Costs((forward,), (backward,)), layers, block * workers * rounds, workers, block
+    )
     assert found.bubble == pytest.approx(bubble(layers, workers, rounds), abs=1e-12)
 
 
 def test_with_a_block_each_the_bubble_is_that_of_the_paper():
     assert bubble(36, 16) == pytest.approx(15 / 51)
-    assert simulate(Costs(1.0, 2.0), 36, 16, 16).bubble == pytest.approx(15 / 51)
+    assert simulate(Costs((1.0,), (2.0,)), 36, 16, 16).bubble == pytest.approx(15 / 51)
 
 
 def test_by_chunks_workers_only_wait_for_each_other():
-    costs = Costs(1.0, 2.0)
+    costs = Costs((1.0,), (2.0,))
     for workers in (1, 2, 8):
         assert simulate(costs, 4, 16, workers, naive=True).seconds == 16 * 4 * 3.0

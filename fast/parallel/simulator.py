@@ -17,11 +17,12 @@ __all__ = ["Costs", "Simulated", "bubble", "simulate"]
 class Costs:
     """Seconds."""
 
-    forward: float
-    """Of a cell, forward."""
+    forward: tuple[float, ...]
+    """Of a cell forward, in each of the first chunks, whose queue is not full yet; the last number
+    is that of all chunks that follow."""
 
-    backward: float
-    """Of a cell, back."""
+    backward: tuple[float, ...]
+    """Likewise, of a cell back."""
 
     head: float = 0.0
     """Of a chunk's loss with its gradient."""
@@ -61,28 +62,36 @@ def simulate(
     Returns:
         Its seconds, and the bubble.
     """
-    sizes = [min(block, chunks - start) for start in range(0, chunks, block)]
+    starts = np.arange(0, chunks, block)
+    forward, backward = (_of_chunks(cell, chunks) for cell in (costs.forward, costs.backward))
+    heads = np.full(chunks, costs.head)
     transfer = costs.transfer if workers > 1 else 0.0
     free = np.zeros(workers)
-    for cell, head, order in (
-        (costs.forward, costs.head, range(len(sizes))),
-        (costs.backward, 0.0, reversed(range(len(sizes)))),
+    for cells, after, order in (
+        (forward, heads, range(len(starts))),
+        (backward, 0 * heads, reversed(range(len(starts)))),
     ):
         arrived = np.zeros(layers)  # in the order in which the layers are run
+        of_block = np.add.reduceat(cells, starts), np.add.reduceat(after, starts)
         for number in order:
-            worker, size = number % workers, sizes[number]
+            worker, cell, head = number % workers, of_block[0][number], of_block[1][number]
             if naive:
                 arrived = np.full(layers, arrived.max())
-            # A cell ends at max(arrival, end of the one before) + duration. Less the durations up to
-            # it, that is a running maximum.
-            spent = size * cell * np.arange(layers)
+            # A layer ends at max(arrival, end of the one before) + duration. Less the durations up
+            # to it, that is a running maximum.
+            spent = cell * np.arange(layers)
             begun = np.maximum.accumulate(np.maximum(arrived, free[worker]) - spent) + spent
-            ended = begun + size * cell
-            free[worker] = ended[-1] + size * head
+            ended = begun + cell
+            free[worker] = ended[-1] + head
             arrived = ended + transfer
-    busy = chunks * (layers * (costs.forward + costs.backward) + costs.head)
+    busy = float(layers * (forward + backward).sum() + heads.sum())
     seconds = float(free.max()) + costs.rest
     return Simulated(seconds, 1 - busy / (workers * seconds))
+
+
+def _of_chunks(cell: tuple[float, ...], chunks: int) -> np.ndarray:
+    """[chunks] seconds of a cell in each of them."""
+    return np.asarray(cell)[np.minimum(np.arange(chunks), len(cell) - 1)]
 
 
 def bubble(layers: int, workers: int, rounds: int = 1) -> float:
