@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -330,6 +331,41 @@ def draw_lengths(path: Path) -> Path:
     return path
 
 
+def draw_pipeline(plt: Any) -> Any:
+    """What two workers did when, in the run that docs/pipeline.md tells how to record."""
+    found = json.loads((HERE / "results" / "pipeline.json").read_text(encoding="utf-8"))
+    spans = found["picture"]
+    figure, axes = plt.subplots(figsize=(8, 2.9), layout="constrained")
+    chunks = 1 + max(span["chunk"] for span in spans)
+    shades = {
+        kind: LinearSegmentedColormap.from_list(kind, ["#F4F4F4", KINDS[letter]])
+        for kind, letter in (("forward", "G"), ("backward", "T"))
+    }
+    for span in spans:
+        start, wide = 1000 * span["start"], 1000 * (span["end"] - span["start"])
+        other = KINDS["R"] if span["kind"] == "head" else KINDS["H"]
+        shade = shades.get(span["kind"])
+        colour = other if shade is None else shade(0.35 + 0.65 * span["chunk"] / (chunks - 1))
+        y = -span["worker"] - 0.38
+        axes.add_patch(Rectangle((start, y), wide, 0.76, fc=colour, ec=INK, lw=0.4))
+        if span["kind"] in shades:
+            words = f"{span['chunk']}\n{span['layer']}"
+            axes.text(start + wide / 2, y + 0.38, words, ha="center", va="center", fontsize=5.5)
+    workers = 1 + max(span["worker"] for span in spans)
+    axes.set_yticks(range(0, -workers, -1), [f"worker {j}" for j in range(workers)])
+    end = 1000 * max(span["end"] for span in spans)
+    axes.set(xlim=(0, 1.01 * end), ylim=(0.5 - workers, 1.1), xlabel="milliseconds")
+    axes.grid(visible=False)
+    patches = [
+        Rectangle((0, 0), 1, 1, fc=colour, ec=INK, lw=0.4)
+        for colour in (KINDS["G"], KINDS["T"], KINDS["R"], KINDS["H"])
+    ]
+    names = ["forward", "backward", "loss of a chunk", "sums over workers"]
+    axes.legend(patches, names, loc="upper left", ncols=4, fontsize=8, title="in a cell: its chunk, "
+                "and below it its layer", title_fontsize=8, alignment="left")  # fmt: skip
+    return figure
+
+
 PICTURES: dict[str, Callable[[Any], Any]] = {
     "grid": draw_grid,
     "rows": draw_rows,
@@ -337,6 +373,7 @@ PICTURES: dict[str, Callable[[Any], Any]] = {
     "gate": draw_gate,
     "training": draw_training,
     "blocks": draw_blocks,
+    "pipeline": draw_pipeline,
 }
 """SVG files by name: each function gets pyplot and returns a figure."""
 
@@ -369,8 +406,8 @@ def main(names: list[str]) -> None:
     if "lengths" in (names or ["lengths"]):
         print(f"wrote {draw_lengths(IMAGES / 'lengths.svg')}")
     if "passkey" in (names or ["passkey"]):  # what `python -m fast eval passkey --out` measured
-        for file in sorted((HERE / "results").glob("*.json")):
-            results, setting = passkey_report.load(file)
+        for variant in sorted(passkey.VARIANTS):
+            results, setting = passkey_report.load(HERE / "results" / f"{variant}.json")
             for path in passkey_report.draw(results, setting.variant, IMAGES):
                 print(f"wrote {path}")
     if "watch" in (names or ["watch"]):

@@ -183,7 +183,7 @@ def test_the_changes_of_the_variants_page_still_fit():
 def test_the_reference_of_the_site_has_every_module():
     """Of the model; those under the commands are listed by who adds them."""
     listed = set(re.findall(r"automodule:: ([\w.]+)", "".join(PAGES.values())))
-    for name in ("reference", "fast", "fast.cupy_engine", "fast.huggingface"):
+    for name in ("reference", "fast", "fast.cupy_engine", "fast.huggingface", "fast.parallel"):
         package = importlib.import_module(name)
         found = {
             f"{name}.{module.name}" for module in pkgutil.iter_modules(package.__path__)
