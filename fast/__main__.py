@@ -440,7 +440,7 @@ def _train(args: argparse.Namespace) -> None:
     keep_memory()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with training.Processes.joined() as processes:
+    with training.Processes.joined(settings) as processes:
         model = training.build_model(settings)
         trainer = training.Trainer(TASKS[settings.task](settings, model, processes), args.out)
         trainer.run()

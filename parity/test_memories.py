@@ -259,7 +259,9 @@ def test_processes_share_the_texts(backbone, document):
         ((loss,),) = trained.read(0, rng, trained.options_at(0))
         return trained, loss.item()
 
-    (whole, loss), *parts = [read(Processes(rank, n)) for rank, n in ((0, 1), (0, 2), (1, 2))]
+    (whole, loss), *parts = [
+        read(Processes(group=rank, number=n)) for rank, n in ((0, 1), (0, 2), (1, 2))
+    ]
     assert sum(part for _, part in parts) == pytest.approx(loss, rel=0.2)  # keys differ in length
     prose = [trained.told["prose"] for trained, _ in parts]
     assert np.average(prose, weights=[2, 1]) == pytest.approx(whole.told["prose"], rel=1e-5)

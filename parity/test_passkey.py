@@ -235,7 +235,7 @@ def test_processes_share_a_batch(tmp_path):
     settings = dataclasses.replace(SETTINGS, batch_size=5)
     trained = task(settings)
     texts = trained.draw_texts(Options(), np.random.default_rng(0), 128, 2)
-    parts = [texts.part(Processes(rank, 2).rows(5)) for rank in range(2)]
+    parts = [texts.part(Processes(group=rank, number=2).rows(5)) for rank in range(2)]
     assert sorted(parts[0].keys + parts[1].keys) == sorted(texts.keys)
     assert torch.equal(parts[1].ids, texts.ids[1::2])
     assert np.array_equal(parts[0].ends, texts.ends[::2])

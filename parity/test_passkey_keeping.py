@@ -50,7 +50,7 @@ def test_the_recipe_is_whole():
     assert settings.steps == 6000
     assert [options.hinge for options in trained.phases] == [0.1, 0.3]
     with pytest.raises(ValueError, match="2 processes; this task is one process's"):
-        KeepingKeys(settings, trained.model, Processes(0, 2))
+        KeepingKeys(settings, trained.model, Processes(group=0, number=2))
 
 
 def test_borders_cut_distractors_and_a_key_comes_first():

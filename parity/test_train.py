@@ -195,7 +195,7 @@ def test_what_a_run_starts_from_has_to_be_said(document, tmp_path):
     with pytest.raises(ValueError, match="tokens to train on, fewer than the 16000000 of"):
         trainer(settings(document, options={"chunks": 10**6}), tmp_path)
     with pytest.raises(ValueError, match="2 processes need a text each"):
-        trainer(settings(document, batch_size=1), tmp_path, Processes(0, 2))
+        trainer(settings(document, batch_size=1), tmp_path, Processes(group=0, number=2))
 
 
 # Cuts and strides
@@ -374,7 +374,7 @@ def test_the_gradient_is_that_of_one_call(document, tmp_path):
         assert found == pytest.approx(expected, rel=1e-6)
         for name, grad in grads.items():
             assert_near(same[name].numpy(), grad.numpy(), name, 1e-5)
-    parts = [gradient(base, Processes(rank, 3)) for rank in range(3)]
+    parts = [gradient(base, Processes(group=rank, number=3)) for rank in range(3)]
     assert sum(loss for loss, _ in parts) == pytest.approx(expected, rel=1e-6)
     for name, grad in grads.items():
         assert_near(sum(g[name] for _, g in parts).numpy(), grad.numpy(), name, 1e-5)
@@ -457,10 +457,13 @@ def test_a_run_that_is_killed_goes_on(document, tmp_path):
 
 
 def test_processes_of_torchrun_train_the_same_model(document, tmp_path):
-    """Two that share each batch, beside one: the same losses and, but for rounding, weights."""
+    """Two with texts of their own, and four of which two share each text, beside one process: the
+    same losses and, but for rounding, weights.
+    """
     toml = tmp_path / "s.toml"
     toml.write_text(
-        "batch_size = 3\n[[phases]]\nsteps = 4\nlearning_rate = 1e-3\n"
+        "batch_size = 3\noptions = { cuts = 'published', strides = [2, 4] }\n"
+        "[[phases]]\nsteps = 3\nlearning_rate = 1e-3\n"
         + "\n".join(
             f"[config.{part}]\n" + "\n".join(f"{n} = {v}" for n, v in fields.items())
             for part, fields in CONFIG.items()
@@ -468,22 +471,47 @@ def test_processes_of_torchrun_train_the_same_model(document, tmp_path):
     )
     words = ["-m", "fast", "train", "text", "--settings", str(toml), "--text", str(document)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for start, name in (([sys.executable], "one"), (two, "two")):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    runs: dict[str, tuple[list[str], list[str]]] = {
+        "one": ([sys.executable], []),
+        "two": ([*torchrun, "2"], []),
+        "four": ([*torchrun, "4"], ["--set", "pipeline=2"]),
+    }
+    for name, (start, more) in runs.items():
         subprocess.run(
-            [*start, *words, "--out", str(tmp_path / name)],
+            [*start, *words, "--out", str(tmp_path / name), *more],
             check=True,
             capture_output=True,
             env=environment,
         )
-    metrics = [
-        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")
-    ]
-    losses = [[json.loads(line)["loss"] for line in lines] for lines in metrics]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    one, two = (CoMeTModel.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
-    for name, p in one.state_dict().items():
-        assert_near(two.state_dict()[name].numpy(), p.numpy(), name, 1e-3)
+    losses = {
+        name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in runs
+    }
+    models = {name: CoMeTModel.from_pretrained(tmp_path / name / "model") for name in runs}
+    for name in ("two", "four"):
+        assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
+        for weight, p in models["one"].state_dict().items():
+            assert_near(models[name].state_dict()[weight].numpy(), p.numpy(), weight, 1e-3)
+
+
+def test_texts_that_cannot_be_shared_are_refused(document, tmp_path):
+    with (
+        pytest.raises(ValueError, match="pipeline is 2, and this is one process"),
+        Processes.joined(settings(document, pipeline=2)),
+    ):
+        pass
+    several = Processes(mesh=object())  # which is not looked at
+    for changes, told in (
+        ({"accumulate": 2}, "no place for accumulate"),
+        ({"options": {"backprop_chunks": 2, "each_window": True}}, "backprop_chunks, each_window"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            trainer(settings(document, pipeline=2, **changes), tmp_path, several)
+    with pytest.raises(ValueError, match="the task passkey cannot share a text among processes"):
+        trainer(
+            settings(document, task="passkey", text=(), options={}, pipeline=2), tmp_path, several
+        )
 
 
 def test_the_memories_alone_move(document, tmp_path):

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from reference.chunking import at_boundaries, fixed_size, random_sizes, right_aligned, uniform
 
 from ..inputs import IGNORE, MOST
 from ..model import CoMeTModel, CoMeTWindow
+from ..parallel import Pipeline
 from ..pretrained.text import ByteText, open_text
 from ..train.settings import Settings
 from ..train.trainer import Processes, Task
@@ -164,6 +166,7 @@ class Text(Task):
     """
 
     options_class = Options
+    shares_texts = True
 
     def __init__(self, settings: Settings, model: CoMeTModel, processes: Processes) -> None:
         super().__init__(settings, model, processes)
@@ -176,6 +179,9 @@ class Text(Task):
         chunks = max(options.chunks for options in self.phases)
         self.longest = model.config.memory.chunk_size * chunks
         ends = map(self._encode_special, BOUNDARIES)
+        self.pipeline: Pipeline | None = None
+        if processes.mesh is not None:
+            self._begin_pipeline(processes.mesh)
         self.boundary_ids = frozenset(ids[0] for ids in ends if len(ids) == 1)
         self.prose = self.held_out_prose = np.empty(0, dtype=np.int64)
         self.chats: list[Labelled] = []
@@ -184,6 +190,28 @@ class Text(Task):
             self._read_prose()
         else:
             self._read_chats()
+
+    def _begin_pipeline(self, mesh: DeviceMesh) -> None:
+        settings, groups = self.settings, self.processes.number
+        wrong = [
+            name
+            for name, is_there in (
+                ("accumulate", settings.accumulate > 1),
+                ("backprop_chunks", any(options.backprop_chunks for options in self.phases)),
+                ("each_window", any(options.each_window for options in self.phases)),
+                (f"chats with a batch_size other than {groups}",
+                 bool(settings.chat) and settings.batch_size != groups),
+            )
+            if is_there
+        ]  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"pipeline is {settings.pipeline}: a text that processes share is one step, so that "
+                f"there is no place for {', '.join(wrong)}."
+            )
+        self.pipeline = Pipeline(
+            self.model, mesh, block=settings.block, recompute=settings.recompute
+        )
 
     def _encode_special(self, words: str) -> list[int]:
         if isinstance(self.words, ByteText):
@@ -233,7 +261,13 @@ class Text(Task):
             for i in range(number * accumulate, (number + 1) * accumulate)
             for batch in self._draw(i, rng, options)
         ]
-        if options.each_window:
+        if self.pipeline is not None:
+            self.pipeline.model = model
+            yield (
+                self.pipeline.step(batch.ids, batch.labels, chunk_sizes=batch.chunk_sizes)
+                for batch, _ in self._own(batches)
+            )
+        elif options.each_window:
             for batch, share in self._own(batches):
                 for window in self._windows(model, batch, options):
                     yield [window.mean_loss * share]
@@ -281,7 +315,7 @@ class Text(Task):
         """What this process reads of some batches, and its share of each one's texts."""
         for i, batch in enumerate(batches):
             if len(batch.ids) == 1:  # a text by itself goes to one process
-                if i % self.processes.number == self.processes.rank:
+                if i % self.processes.number == self.processes.group:
                     yield batch, 1.0
                 continue
             rows = self.processes.rows(len(batch.ids))

@@ -103,6 +103,12 @@ class Settings:
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of the `MemoryConfig` of a backbone's memories."""
 
+    pipeline: int = 1
+    """Processes that share each text, see `fast.parallel`; the others read texts of their own."""
+
+    block: int = 1
+    """Consecutive chunks of a text that one of them reads at a time."""
+
     device: str | None = None
     """Where the model is trained; None is a GPU where there is one, each process's own, else the CPU."""
 
@@ -152,7 +158,7 @@ class Settings:
     """Of fresh weights, and of all that is drawn."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "save_every", "keep"):
+        for name in ("batch_size", "accumulate", "pipeline", "block", "save_every", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("evaluate_every", "seed", "weight_decay"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")

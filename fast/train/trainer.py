@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from reference.config import CoMeTConfig, MemoryConfig
 from reference.parameters import named_parameters
@@ -33,6 +34,7 @@ from ..arrays import shown
 from ..checkpoints import of_file, read_training, write_training
 from ..files import atomic_write
 from ..model import CoMeTModel
+from ..parallel import init_pipeline_mesh
 from ..pretrained.memories import memory_names
 from .settings import Settings, fit
 
@@ -41,27 +43,54 @@ __all__ = ["Processes", "Task", "Trainer", "build_model", "trained_weights"]
 
 @dataclass(frozen=True)
 class Processes:
-    """Who shares the work: this process's number, and how many there are."""
+    """Who shares the work."""
 
     rank: int = 0
+    """This process's number. The first one writes the files."""
+
+    group: int = 0
+    """Its group's number. A group has texts of its own."""
+
     number: int = 1
+    """How many groups there are."""
+
+    mesh: DeviceMesh | None = None
+    """Of groups of several processes, which share each text; None: a group is one process."""
 
     @classmethod
     @contextlib.contextmanager
-    def joined(cls) -> Iterator[Processes]:
-        """Those that `torchrun` has started, joined as long as the block lasts; else one alone."""
+    def joined(cls, settings: Settings) -> Iterator[Processes]:
+        """Those that `torchrun` has started, joined as long as the block lasts; else one alone.
+
+        Raises:
+            ConnectionError: the others were not met.
+            ValueError: they are too few, or cannot be put into groups of `settings.pipeline`.
+        """
         if not dist.is_torchelastic_launched():
+            if settings.pipeline > 1:
+                raise ValueError(
+                    f"pipeline is {settings.pipeline}, and this is one process; start as many by "
+                    f"torchrun --nproc-per-node {settings.pipeline} -m fast train ..."
+                )
             yield cls()
             return
-        dist.init_process_group()
+        on_gpu = settings.device is None and torch.cuda.is_available()
+        size = int(os.environ["WORLD_SIZE"])
+        mesh = init_pipeline_mesh(
+            settings.pipeline,
+            max(size // settings.pipeline, 1),
+            device="cuda" if on_gpu else (settings.device or "cpu").partition(":")[0],
+        )
+        group = mesh.get_local_rank("data")
         try:
-            yield cls(dist.get_rank(), dist.get_world_size())
+            share = mesh if settings.pipeline > 1 else None
+            yield cls(dist.get_rank(), group, size // settings.pipeline, share)
         finally:
             dist.destroy_process_group()
 
     def rows(self, batch_size: int) -> slice:
-        """This process's texts of a batch."""
-        return slice(self.rank, batch_size, self.number)
+        """This group's texts of a batch."""
+        return slice(self.group, batch_size, self.number)
 
 
 class Task:
@@ -76,10 +105,18 @@ class Task:
     options_class: ClassVar[type]
     """A dataclass of the task's options."""
 
+    shares_texts: ClassVar[bool] = False
+    """Whether several processes may share a text, by a `Pipeline`."""
+
     def __init__(self, settings: Settings, model: CoMeTModel, processes: Processes) -> None:
         if settings.batch_size < processes.number:
             raise ValueError(
                 f"batch_size is {settings.batch_size}; {processes.number} processes need a text each."
+            )
+        if processes.mesh is not None and not self.shares_texts:
+            raise ValueError(
+                f"pipeline is {settings.pipeline}; the task {settings.task} cannot share a text among "
+                "processes. Set it to 1, and each reads texts of its own."
             )
         self.settings, self.model, self.processes = settings, model, processes
         self.told: dict[str, float] = {}  # of the newest step, beside its loss
@@ -100,7 +137,8 @@ class Task:
         have moved.
 
         An item is losses, scalars; they add up to the step's over all processes, and so do their
-        gradients. The gradient of each is taken before the next one is asked for.
+        gradients. The gradient of each is taken before the next one is asked for; one without a
+        graph has left its gradients already, those of all processes.
 
         Args:
             number: of the batch.
@@ -314,7 +352,8 @@ class Trainer:
             for losses in self.task.read(self.texts, rng, options):
                 total = 0.0
                 for loss in losses:
-                    loss.backward()
+                    if loss.requires_grad:
+                        loss.backward()
                     total += loss.item()
                 found = {"step": self.step + 1, **self._move(total), **self.task.told}
                 found["seconds"] = time.perf_counter() - begun
@@ -328,7 +367,7 @@ class Trainer:
         Returns:
             The loss, the learning rate, and the norm of the gradient before it was scaled down.
         """
-        if self.processes.number > 1:
+        if self.processes.number > 1 and self.processes.mesh is None:
             loss = self._add_up(loss)
         if not np.isfinite(loss):
             raise FloatingPointError(
