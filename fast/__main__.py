@@ -435,6 +435,8 @@ def _train(args: argparse.Namespace) -> None:
     given = {
         name: getattr(args, name, None) for name in ("text", "chat", "model", "backbone", "seed")
     }
+    if given["model"] is not None:
+        given["memory"] = {}  # a checkpoint has its own
     settings = training.read_settings(args.settings, args.set, task=args.task, **given)
     check_writable(args.out / "metrics.jsonl")
     keep_memory()

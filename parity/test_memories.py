@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -267,11 +268,35 @@ def test_processes_share_the_texts(backbone, document):
     assert np.average(prose, weights=[2, 1]) == pytest.approx(whole.told["prose"], rel=1e-5)
 
 
-def test_the_recipe_is_whole(backbone, document):
-    settings = read_settings(RECIPE, backbone=str(backbone), text=[str(document)])
+@pytest.mark.parametrize("name", ["memories.toml", "memories_whole.toml"])
+def test_a_recipe_is_whole(backbone, document, name):
+    settings = read_settings(
+        RECIPE.with_name(name), backbone=str(backbone), text=[str(document) for _ in range(9)]
+    )
     trained = Memories(settings, build_model(settings), Processes())
-    assert settings.train == "memories"
-    assert [options.chunks for options in trained.phases]
+    assert settings.train == ("all" if "whole" in name else "memories")
+    longest = max(options.chunks for options in trained.phases)
+    text = trained._draw(longest * 128, np.random.default_rng(0), trained.phases[-1])
+    assert len(text.text) == longest * 128
+
+
+def test_a_model_that_was_trained_whole_can_be_trained_on_and_measured(
+    backbone, document, tmp_path, capsys
+):
+    """Its folder is a model's, and stands where a file of memories does."""
+    trainer = Trainer(task(backbone, document, train="all"), tmp_path / "run")
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    trainer.run()
+    moved = [n for n, p in trainer.model.state_dict().items() if not torch.equal(before[n], p)]
+    assert "weights.layers.0.q_proj.weight" in moved
+    words = ["--backbone", str(backbone), "--text", str(document), "--windows", "1", "--keys", "1"]
+    main(["eval", "memories", *words, "--memories", str(trainer.result), "--lengths", "128"])
+    told = capsys.readouterr().out
+    rows = {name: re.search(rf"^\| {name} \| (.*)$", told, re.MULTILINE)[1] for name in READERS}
+    assert rows["fresh"] != rows["trained"]
+    on = ["--text", str(document), "--model", str(trainer.result), "--out", str(tmp_path / "on")]
+    main(["train", "memories", *on, "--set", "phases=[{steps=1}]", "options={chunks=3}"])
+    assert (tmp_path / "on" / "memories.safetensors").exists()
 
 
 @pytest.mark.parametrize(

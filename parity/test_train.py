@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from fast import CoMeTConfig, CoMeTModel, MemoryConfig
 from fast.__main__ import TASKS, main
 from fast.inputs import IGNORE
+from fast.pretrained.text import open_text
 from fast.tasks.chats import Labelled, encode_chat, pack, read_chats
 from fast.tasks.passkey_recipe import RECIPE
 from fast.tasks.text import MIXES, Text, at_stride, draw_cut, draw_stride
@@ -346,6 +347,8 @@ def test_chats_are_trained_on(chatty, tmp_path):
     found = run.read_metrics()
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
     assert (run.result / "model.safetensors").exists()
+    again = open_text(run.result, run.model.config.backbone.vocab_size)
+    assert again.prompt("a b") == run.task.words.prompt("a b")
 
 
 # The loop

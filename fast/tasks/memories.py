@@ -190,10 +190,10 @@ class Memories(Task):
     def __init__(self, settings: Settings, model: CoMeTModel, processes: Processes) -> None:
         super().__init__(settings, model, processes)
         source = Path(settings.backbone or settings.model or "")
-        self.text: Any = open_text(source, model.config.backbone.vocab_size)
+        self.words = open_text(source, model.config.backbone.vocab_size)
         if not settings.text:
             raise ValueError("expected files of prose to hide keys in (text).")
-        parts = [split_tokens(read_tokens(Path(path), self.text))[0] for path in settings.text]
+        parts = [split_tokens(read_tokens(Path(path), self.words))[0] for path in settings.text]
         self.prose = np.concatenate(parts)
 
     def read(
@@ -202,16 +202,16 @@ class Memories(Task):
         """See `Task.read`: a batch of texts of one length, and a question after each."""
         size = self.model.config.memory.chunk_size
         length = int(rng.integers(options.fewest * size, options.chunks * size + 1))
-        repeats = (options.repeated, options.passage)
-        batch = [
-            hide_key(self.prose, length, rng.random(), self.text, rng, repeats=repeats)
-            for _ in range(self.settings.batch_size)
-        ]
+        batch = [self._draw(length, rng, options) for _ in range(self.settings.batch_size)]
         own = batch[self.processes.rows(len(batch))]
         prose, key = self.losses(own)
         share = len(own) / len(batch)
         self.told = {"prose": prose.item(), "key": key.item(), "tokens": length * len(batch)}
         yield [(prose + options.answer_weight * key) * share]
+
+    def _draw(self, length: int, rng: np.random.Generator, options: Options) -> KeyText:
+        repeats = (options.repeated, options.passage)
+        return hide_key(self.prose, length, rng.random(), self.words, rng, repeats=repeats)
 
     def losses(self, texts: Sequence[KeyText]) -> tuple[Tensor, Tensor]:
         """Mean negative log likelihood of the texts' tokens, and of the keys': scalars, in nats.

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +174,7 @@ class Text(Task):
                 "expected files of plain text (text), or files of chats (chat), and not both."
             )
         source = Path(settings.backbone or settings.model or "")
-        self.words: Any = open_text(source, model.config.backbone.vocab_size)
+        self.words = open_text(source, model.config.backbone.vocab_size)
         chunks = max(options.chunks for options in self.phases)
         self.longest = model.config.memory.chunk_size * chunks
         ends = map(self._encode_special, BOUNDARIES)

@@ -36,6 +36,7 @@ from ..files import atomic_write
 from ..model import CoMeTModel
 from ..parallel import init_pipeline_mesh
 from ..pretrained.memories import memory_names
+from ..pretrained.text import TokenText
 from .settings import Settings, fit
 
 __all__ = ["Processes", "Task", "Trainer", "build_model", "trained_weights"]
@@ -120,6 +121,7 @@ class Task:
             )
         self.settings, self.model, self.processes = settings, model, processes
         self.told: dict[str, float] = {}  # of the newest step, beside its loss
+        self.words: Any = None  # what makes tokens, see `open_text`, where the task reads text
         steps = np.cumsum([0, *(phase.steps for phase in settings.phases[:-1])])
         self.phases = [self.options_at(int(step)) for step in steps]  # before anything is computed
 
@@ -295,6 +297,8 @@ class Trainer:
             self.model.save_memories(self.result)
         else:
             self.model.save_pretrained(self.result)
+            if isinstance(self.task.words, TokenText):  # so that `read` takes the folder as it is
+                self.task.words.tokenizer.save_pretrained(self.result)
         tensors = {f"weights.{name}": p.detach() for name, p in self.trained.items()}
         for number, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{key}": x for key, x in entries.items()}
