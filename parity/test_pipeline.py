@@ -308,6 +308,25 @@ def test_a_worker_that_does_not_answer_is_given_up_in_time(make_config):
         group.close()
 
 
+def come(rank, say, config):
+    mesh = mesh_of((3, 1))
+    return rank == 1 or Pipeline(random_model(config, 0), mesh, timeout=1.0)
+
+
+def test_a_worker_that_never_comes_is_given_up_in_time(make_config):
+    group = Group(3, come, 60.0, make_config())
+    try:
+        answers = group.answers(1.0 + SETTLE, [0, 1, 2])
+        assert sorted(answers) == [0, 1, 2], "a worker hangs"
+        for rank in (0, 2):
+            error = answers[rank][0]
+            assert isinstance(error, WorkerLostError), f"process {rank}: {error!r}"
+            assert str(error).startswith("process 1 did not answer"), str(error)
+            assert "a meeting with the others" in str(error)
+    finally:
+        group.close()
+
+
 def test_processes_that_are_not_met_are_told_of(monkeypatch):
     """The port is closed: nobody keeps the store."""
     for name, value in {

@@ -36,8 +36,12 @@ DIMENSIONS = ("pipeline", "data")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """What carries messages between devices of a type."""
 
-BUCKET = 2**23
-"""Numbers that are added up over workers at a time, so that copies stay small."""
+BUCKET = 2**20
+"""Numbers that are added up over workers at a time."""
+
+IN_FLIGHT = 3
+"""Such sums that are under way at a time: while one goes over the wire, the next is copied together.
+Copies of all gradients at once would take as much memory as they."""
 
 GRACE = 2.0
 """Seconds at most to find out who was lost first, once something is."""
@@ -145,6 +149,7 @@ class Ring:
 
         Raises:
             ValueError: an argument does not fit.
+            WorkerLostError: a process did not come.
         """
         check_kind("mesh", mesh, DeviceMesh, "a DeviceMesh, such as init_pipeline_mesh makes")
         _check_timeout(timeout)
@@ -162,10 +167,11 @@ class Ring:
         ranks = mesh.mesh.view(mesh.size(0), -1)  # [pipeline, data]
         self.worker, column = (ranks == dist.get_rank()).nonzero()[0].tolist()
         self.workers, self._replicas = ranks[:, column].tolist(), ranks[self.worker].tolist()
+        self._wires: dict[tuple[str, int, int], Any] = {}
+        self._probes: list[Any] = []
         # Not the mesh's own groups, which wait for half an hour, whatever it was made with. All
         # processes make all groups, in one order, which is how PyTorch tells groups apart.
         self._pipeline, self._data = self._groups(ranks.T.tolist()), self._groups(ranks.tolist())
-        self._wires: dict[tuple[str, int, int], Any] = {}
         size = len(self.workers)
         for here in range(size if size > 1 else 0):
             there = (here + 1) % size
@@ -176,13 +182,13 @@ class Ring:
                     self._wires[kind, *way] = wire
         self._sent: deque[list[tuple[Any, Tensor, int]]] = deque([[]])
         self._own: dict[str, deque[Tensor]] = {MEMORIES: deque(), GRADIENTS: deque()}
-        self._probes: list[Any] = []
 
     def _groups(self, many: list[list[int]]) -> Any:
         """Make process groups; this process's own, or None where it is alone or in none."""
         own = None
         for ranks in many if len(many[0]) > 1 else ():
-            group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
+            with self.watch(None, "a meeting with"):
+                group = dist.new_group(ranks, timeout=timedelta(seconds=self.timeout))
             own = group if dist.get_rank() in ranks else own
         return own
 
@@ -273,12 +279,23 @@ class Ring:
             data: whether sums are over "data" too.
         """
         for group in (self._pipeline, self._data if data else None):
+            under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
             for bucket in _buckets(tensors) if group is not None else ():
+                if len(under_way) == IN_FLIGHT:
+                    self._finish(*under_way.popleft())
                 whole = torch.cat([x.detach().reshape(-1) for x in bucket])
                 with self.watch(None, "a sum with"):
-                    dist.all_reduce(whole, group=group)
-                for x, part in zip(bucket, whole.split([x.numel() for x in bucket]), strict=True):
-                    x.detach().copy_(part.view_as(x))
+                    work = dist.all_reduce(whole, group=group, async_op=True)
+                under_way.append((bucket, whole, work))
+            while under_way:
+                self._finish(*under_way.popleft())
+
+    def _finish(self, bucket: list[Tensor], whole: Tensor, work: Any) -> None:
+        """Wait for a sum, and write it where it belongs."""
+        with self.watch(None, "a sum with"):
+            work.wait()
+        for x, part in zip(bucket, whole.split([x.numel() for x in bucket]), strict=True):
+            x.detach().copy_(part.view_as(x))
 
     @contextmanager
     def watch(self, worker: int | None, what: str) -> Iterator[None]:
@@ -300,7 +317,8 @@ class Ring:
         rank = None if worker is None else self.workers[worker]
         first = self._first_lost(rank)
         if first:
-            is_silent = "timed out" in reason.lower() and (rank is None or first == [rank])
+            timed_out = re.search("timed? ?out", reason, re.IGNORECASE)
+            is_silent = timed_out and (rank is None or first == [rank])
             names = ", ".join(map(str, first))
             lost = f"process {names} {'did not answer' if is_silent else 'was lost'}"
         elif rank is not None:
