@@ -310,12 +310,15 @@ def test_a_worker_that_does_not_answer_is_given_up_in_time(make_config):
 
 def come(rank, say, config):
     mesh = mesh_of((3, 1))
+    say("met")
     return rank == 1 or Pipeline(random_model(config, 0), mesh, timeout=1.0)
 
 
 def test_a_worker_that_never_comes_is_given_up_in_time(make_config):
     group = Group(3, come, 60.0, make_config())
     try:
+        for pipe in group.pipes:
+            assert pipe.poll(60)
         answers = group.answers(1.0 + SETTLE, [0, 1, 2])
         assert sorted(answers) == [0, 1, 2], "a worker hangs"
         for rank in (0, 2):
