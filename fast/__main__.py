@@ -20,7 +20,6 @@ from reference.config import MemoryConfig
 from . import reading, watch
 from . import train as training
 from .bench import devices as bench_devices
-from .bench import pipeline as bench_pipeline
 from .bench import pretrained as bench_pretrained
 from .bench import report as bench_report
 from .bench import starts
@@ -367,6 +366,8 @@ def _measure(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     if args.what == "pipeline":
+        from .bench import pipeline as bench_pipeline  # PyTorch's meshes take half a second
+
         bench_pipeline.run(args.out, args.quick, args.simulate, args.page)
         return
     if args.backbone is not None:

@@ -204,6 +204,46 @@ def test_gradients_add_up_and_frozen_weights_get_none(workers, make_config):
             assert_near(twice[name], factor * gradient, f"gradient of {name}", GRADIENTS)
 
 
+class Scaled(torch.nn.Module):
+    """Something in a projection's place, with a weight of its own."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.scale = torch.nn.Parameter(torch.full((inner.out_features,), 0.5).double())
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+def with_modules(config):
+    """A model with such a module, and a list that a hook on its first layer fills."""
+    model, calls = random_model(config, 0), []
+    layers = model.weights["layers"]
+    layers[1].k_proj = Scaled(layers[1].k_proj)
+    layers[0].register_forward_hook(lambda *_: calls.append(1))
+    return model, calls
+
+
+def step_with_modules(mesh, config, text):
+    model, calls = with_modules(config)
+    Pipeline(model, mesh).step(**as_tensors(*text))
+    return {name: whole(p.grad) for name, p in model.named_parameters()}, len(calls)
+
+
+def test_modules_in_place_of_others_and_hooks_are_called(workers, make_config):
+    """As `docs/modules.md` has it: a hook on a layer fires once a chunk."""
+    text = long_text(make_config())
+    model, calls = with_modules(make_config())
+    model(logits="none", **as_tensors(*text)).loss.backward()
+    found = workers.run(step_with_modules, (2, 1), make_config(), text)
+    assert [number for _, number in found] == [5, 4]
+    assert len(calls) == 9
+    for gradients, _ in found:
+        for name, p in model.named_parameters():
+            assert_near(gradients[name], whole(p.grad), f"gradient of {name}", GRADIENTS)
+
+
 def under_autocast(mesh, config, text):
     found = []
     for recompute in (False, True):
