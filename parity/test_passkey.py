@@ -18,6 +18,8 @@ from fast.tasks.passkey_training import PassKey
 from fast.train import Phase, Processes, Settings, Trainer, build_model, read_settings
 from reference.parameters import named_parameters
 
+from .test_train import run_to_a_checkpoint
+
 pytestmark = pytest.mark.host
 
 SETTINGS = read_settings(RECIPE)
@@ -211,14 +213,7 @@ def test_training_goes_on_where_it_stopped(phase, tmp_path):
     whole = Trainer(task(settings), tmp_path / "whole")
     whole.run()
     cut = Trainer(task(settings), tmp_path / "cut")
-
-    def save(own=cut.save):
-        own()
-        raise KeyboardInterrupt
-
-    cut.save = save
-    with pytest.raises(KeyboardInterrupt):
-        cut.run()
+    run_to_a_checkpoint(cut)
     rest = Trainer(task(settings), tmp_path / "cut")
     assert 3 <= rest.step < whole.step
     rest.run()

@@ -15,6 +15,7 @@ from fast.tasks.passkey_training import change_of
 from fast.train import Phase, Processes, Settings, Trainer, build_model, read_settings
 
 from .assertions import assert_state_equal
+from .test_train import run_to_a_checkpoint
 
 pytestmark = pytest.mark.host
 
@@ -120,14 +121,7 @@ def test_all_kinds_of_steps_are_taken_and_go_on_where_they_stopped(tmp_path):
     told = {name for found in whole.read_metrics() for name in found}
     assert {"lacks", "change", "fresh", "late"} <= told
     cut = Trainer(task(**settings), tmp_path / "cut")
-
-    def save(own=cut.save):
-        own()
-        raise KeyboardInterrupt
-
-    cut.save = save
-    with pytest.raises(KeyboardInterrupt):
-        cut.run()
+    run_to_a_checkpoint(cut)
     rest = Trainer(task(**settings), tmp_path / "cut")
     assert rest.step == 5
     rest.run()

@@ -83,6 +83,27 @@ def weights(run):
     return {name: p.clone() for name, p in run.model.state_dict().items()}
 
 
+def run_to_a_checkpoint(run):
+    """Train until the first checkpoint is written, and no further."""
+
+    def save(own=run.save):
+        own()
+        raise KeyboardInterrupt
+
+    run.save = save
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+
+
+def write_settings(path, top):
+    """A TOML file of some lines, and of the sizes of the tests' model."""
+    sizes = (
+        f"[config.{part}]\n" + "\n".join(f"{name} = {value}" for name, value in fields.items())
+        for part, fields in CONFIG.items()
+    )
+    path.write_text("\n".join([top, *sizes]))
+
+
 # Settings
 
 
@@ -405,14 +426,7 @@ def test_a_run_goes_on_where_it_stopped(document, tmp_path, changes):
     whole = trainer(given, tmp_path / "whole")
     whole.run()
     cut = trainer(given, tmp_path / "cut")
-
-    def save(own=cut.save):
-        own()
-        raise KeyboardInterrupt
-
-    cut.save = save
-    with pytest.raises(KeyboardInterrupt):
-        cut.run()
+    run_to_a_checkpoint(cut)
     assert 2 <= cut.step < whole.step
     with cut.metrics.open("a") as file:
         file.write('{"step": 99, "loss": 1}\n{"step": 1')  # told after the checkpoint, and torn
@@ -432,11 +446,7 @@ def test_a_run_goes_on_where_it_stopped(document, tmp_path, changes):
 def test_a_run_that_is_killed_goes_on(document, tmp_path):
     """By SIGKILL, at any moment."""
     toml = tmp_path / "s.toml"
-    sizes = "\n".join(
-        f"[config.{part}]\n" + "\n".join(f"{name} = {value}" for name, value in fields.items())
-        for part, fields in CONFIG.items()
-    )
-    toml.write_text(f"batch_size = 2\nsave_every = 2\n{sizes}\n[[phases]]\nsteps = 12\n")
+    write_settings(toml, "batch_size = 2\nsave_every = 2\n[[phases]]\nsteps = 12")
     words = ["train", "text", "--settings", str(toml), "--text", str(document), "--threads", "1"]
     command = [sys.executable, "-m", "fast", *words, "--out"]
     threads = torch.get_num_threads()
@@ -464,13 +474,10 @@ def test_processes_of_torchrun_train_the_same_model(document, tmp_path):
     same losses and, but for rounding, weights.
     """
     toml = tmp_path / "s.toml"
-    toml.write_text(
+    write_settings(
+        toml,
         "batch_size = 3\noptions = { cuts = 'published', strides = [2, 4] }\n"
-        "[[phases]]\nsteps = 3\nlearning_rate = 1e-3\n"
-        + "\n".join(
-            f"[config.{part}]\n" + "\n".join(f"{n} = {v}" for n, v in fields.items())
-            for part, fields in CONFIG.items()
-        )
+        "[[phases]]\nsteps = 3\nlearning_rate = 1e-3",
     )
     words = ["-m", "fast", "train", "text", "--settings", str(toml), "--text", str(document)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
