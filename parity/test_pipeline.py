@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -300,6 +301,52 @@ def test_workers_that_do_not_agree_all_say_so_and_can_go_on(workers, make_config
         assert "worker 1 refused" in found[0]
     for message, words in zip(found, wanted, strict=True):
         assert words in message
+
+
+def refuse(mesh, config):
+    """What is said of wrong arguments, each in every process."""
+    model, found = random_model(config, 0), []
+    other = init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+    ids = torch.zeros((1, 5), dtype=torch.int64)
+    pipeline = Pipeline(model, mesh)
+    for wrong in (
+        lambda: Pipeline(model.weights, mesh),
+        lambda: Pipeline(model, 2),
+        lambda: Pipeline(model, other),
+        lambda: Pipeline(model, mesh, block=0),
+        lambda: Pipeline(model, mesh, recompute="yes"),
+        lambda: Pipeline(model, mesh, timeout=0),
+        lambda: pipeline.step(ids, None),
+        lambda: pipeline.step(ids, ids[:, 1:]),
+        lambda: pipeline.step(ids, ids, lengths=[6]),
+        lambda: pipeline.step(ids, ids, chunk_sizes=[2, 2]),
+        lambda: pipeline.evaluate(ids[:, :0], ids[:, :0]),
+    ):
+        try:
+            found.append(wrong())
+        except ValueError as error:
+            found.append(str(error))
+    pipeline.step(ids, ids)
+    return found
+
+
+def test_wrong_arguments_are_refused_and_nothing_waits(workers, make_config):
+    wanted = [
+        "model is a ParameterTree; expected a CoMeTModel",
+        "mesh is a int; expected a DeviceMesh",
+        "mesh has dimensions ('data',); expected ('pipeline', 'data'), or 'pipeline' alone",
+        "block is 0; expected an integer of at least 1",
+        "recompute is a str; expected True or False",
+        "timeout is 0; expected seconds, more than 0",
+        "labels is a NoneType; expected a tensor like ids",
+        "labels has shape (1, 4)",
+        "lengths is [6]; expected 1 to 5 tokens each",
+        "chunk_sizes is [2, 2], 4 tokens; expected sizes that add up to the text's 5",
+        "ids has shape (1, 0)",
+    ]
+    for found in workers.run(refuse, (2, 1), make_config()):
+        for message, words in zip(found, wanted, strict=True):
+            assert words in str(message)
 
 
 def step_forever(rank, say, config, timeout):
