@@ -52,7 +52,8 @@ def plan_chunks(
     """The chunks of a batch of texts.
 
     A sequence whose text has ended waits in the chunks that follow: it lays no slots, and its
-    memories pass through as they are.
+    memories pass through as they are. Those that read have all read as much before, so their rows
+    start alike, and what is longest is theirs.
 
     Args:
         config: the model.
@@ -67,8 +68,8 @@ def plan_chunks(
     found: list[Chunk] = []
     state = new_state(config, torch.float32, len(lengths), "meta")  # counts, and no tensors
     for plan in plan_rounds(lengths, state.open_tokens, memory.chunk_size, chunk_sizes):
-        # Every row starts anew: the chunk before it has closed. One that waits has none.
-        slots = np.where(plan.take > 0, count_memory_slots(state, memory), 0)
+        # Every row starts anew: the chunk before it has closed.
+        slots = count_memory_slots(state, memory)
         state = dataclasses.replace(state, row_length=slots)
         row = lay_out(state, plan, memory, num_columns)
         counts: dict[str, Any] = count_round(state, plan, row, memory)

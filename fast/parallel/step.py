@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -220,7 +219,7 @@ class Step:
         self.numbers = range(worker, len(blocks), workers)
         self.blocks = {number: blocks[number] for number in self.numbers}
         self.dtype, self.device = params["norm"].dtype, text.ids.device
-        self._layouts: dict[Any, _Layout] = {}
+        self._layouts: dict[tuple[int, ...], _Layout] = {}
 
     def _note(self, kind: str, chunk: int, layer: int, start: float) -> None:
         """Tell of what has just been done."""
@@ -322,7 +321,7 @@ class Step:
         """A chunk's layout. Once the queue is full, all chunks have the same: it is made once, and
         kept once.
         """
-        key = chunk.slots, chunk.row.positions.shape, chunk.row.positions.tobytes()
+        key = chunk.slots, *chunk.row.positions.shape
         if key not in self._layouts:
             opening = None
             if chunk.slots:
@@ -360,8 +359,6 @@ class Step:
             queue,
             config,
         )
-        if queue is not None:  # padded queues are longer than the longest
-            queue = queue[:, : chunk.queue_after]
         return hidden, state, queue
 
     def _forward(self, number: int, coming: Sequence[Callable[[], Tensor]]) -> list[_Reading]:
