@@ -26,6 +26,7 @@ from reference.parameters import named_parameters
 
 from .assertions import assert_at_most, assert_near
 from .strategies import VOCAB, configs, corner_lengths, random_model, seeds, splits
+from .test_windows import Saved
 from .workers import Dealt, Group, Workers, mesh_of
 
 pytestmark = pytest.mark.host
@@ -203,6 +204,28 @@ def test_gradients_add_up_and_frozen_weights_get_none(workers, make_config):
         for name, gradient in once.items():
             factor = 1 + ("memory" in name)
             assert_near(twice[name], factor * gradient, f"gradient of {name}", GRADIENTS)
+
+
+def bytes_saved(mesh, config):
+    """Most that autograd keeps at a time, for texts of several lengths, with and without."""
+    found = []
+    for recompute in (False, True):
+        pipeline = Pipeline(random_model(config, 0), mesh, recompute=recompute)
+        for chunks in (8, 32):
+            saved, text = Saved(), long_text(config, 1, chunks)
+            with saved.hooks():
+                pipeline.step(**as_tensors(*text))
+            assert saved.now == 0, "kept after the step"
+            found.append(saved.peak)
+    return found
+
+
+def test_cells_that_are_computed_again_keep_nothing_inside(workers, make_config):
+    ((short, long, again_short, again_long),) = workers.run(bytes_saved, (1, 1), make_config())
+    assert long > 3 * short
+    assert again_short < short / 4
+    # What embeddings keep is indices, a few bytes a slot.
+    assert again_long < 1.5 * again_short
 
 
 class Scaled(torch.nn.Module):
