@@ -294,6 +294,7 @@ def test_a_model_that_was_trained_whole_can_be_trained_on_and_measured(
     told = capsys.readouterr().out
     rows = {name: re.search(rf"^\| {name} \| (.*)$", told, re.MULTILINE)[1] for name in READERS}
     assert rows["fresh"] != rows["trained"]
+    assert "\n| without | " in told
     on = ["--text", str(document), "--model", str(trainer.result), "--out", str(tmp_path / "on")]
     main(["train", "memories", *on, "--set", "phases=[{steps=1}]", "options={chunks=3}"])
     assert (tmp_path / "on" / "memories.safetensors").exists()

@@ -7,6 +7,9 @@ Five ways to read the same texts with the same backbone:
 - **window**: each chunk after as many tokens before it as the memories have slots: the same budget,
   spent on a sliding window.
 - **fresh** and **trained**: CoMeT, before and after.
+
+Where the backbone was trained too, a sixth way tells what of it the memories are worth: **without**,
+the trained model in chunks by themselves.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ class Measured:
 
 
 READERS = ("whole", "chunks", "window", "fresh", "trained")
-"""The readers, in the order of the tables."""
+"""The readers of memories alone, in the order of the tables."""
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -170,19 +173,23 @@ def readers(backbone: Path, memories: Path) -> dict[str, Reader]:
     fresh = CoMeTModel.from_backbone(backbone, memory)
     shared = fresh.weights.to_dict()
 
-    def alone(chunk_size: int) -> CoMeTModel:
+    def alone(chunk_size: int, weights: dict[str, Any]) -> CoMeTModel:
         plain = MemoryConfig(chunk_size=chunk_size, global_memory_size=0, compression_stride=0)
-        return _on_shared(CoMeTConfig(trained.config.backbone, plain), shared)
+        return _on_shared(CoMeTConfig(trained.config.backbone, plain), weights)
 
-    whole = alone(2**40)
-    chunks = alone(size)
-    return {
+    whole = alone(2**40, shared)
+    chunks = alone(size, shared)
+    found: dict[str, Reader] = {
         "whole": lambda ids, last: read_stream(whole, size, ids, last),
         "chunks": lambda ids, last: read_stream(chunks, size, ids, last),
         "window": lambda ids, last: read_window(whole, size, budget, ids, last),
         "fresh": lambda ids, last: read_stream(fresh, size, ids, last),
         "trained": lambda ids, last: read_stream(trained, size, ids, last),
     }
+    if memories.is_dir():
+        without = alone(size, trained.weights.to_dict())
+        found["without"] = lambda ids, last: read_stream(without, size, ids, last)
+    return found
 
 
 def _on_shared(config: CoMeTConfig, weights: dict[str, Any]) -> CoMeTModel:
@@ -220,9 +227,10 @@ def measure(setting: Setting) -> list[Measured]:
     places = np.linspace(0, len(prose) - length, setting.windows).astype(int)
     asked = _questions(setting, prose, text)
     results = []
-    total = len(READERS) * (setting.windows * length + setting.keys * sum(setting.lengths))
+    all_readers = readers(Path(setting.backbone), memories)
+    total = len(all_readers) * (setting.windows * length + setting.keys * sum(setting.lengths))
     with torch.no_grad(), tqdm(total=total, unit="token", unit_scale=True) as bar:
-        for name, read in readers(Path(setting.backbone), Path(setting.memories)).items():
+        for name, read in all_readers.items():
             nats = []
             for at in places:
                 found, _ = read(torch.from_numpy(prose[at : at + length]), length - 1)
@@ -292,6 +300,7 @@ LOOKS = {
     "window": (COLOURS["other"], "-"),
     "fresh": (COLOURS["temporary memory"], "--"),
     "trained": (COLOURS["global memory"], "-"),
+    "without": (COLOURS["readout"], "-."),
 }
 """Colour and line of each reader."""
 
