@@ -559,5 +559,47 @@ FAULTS = {
         "worker, cell, head = number * workers // len(starts),",
         "test_simulator::test_the_simulator_is_the_schedule_cell_by_cell",
     ),
+    "the bias left out where rows are few": (
+        "layers.py",
+        "return product if bias is None else product + bias",
+        "return product",
+        "test_layers::test_a_few_rows_are_multiplied_as_many_are",
+    ),
+    "the first tokens' loss alone, where it is computed again": (
+        "model.py",
+        "zip(hidden.split(SCORED), wanted.split(SCORED), strict=True)",
+        "zip(hidden.split(SCORED)[:1], wanted.split(SCORED)[:1], strict=True)",
+        "test_gradients::test_a_loss_is_recomputed_without_its_logits",
+    ),
+    "an optimizer that starts anew after a checkpoint": (
+        "train/trainer.py",
+        'if kind == "optimizer":',
+        'if kind == "none":',
+        "test_train::test_a_run_goes_on_where_it_stopped",
+    ),
+    "what was told after a checkpoint left in the metrics": (
+        "train/trainer.py",
+        'if told["step"] <= self.step',
+        'if told["step"] <= self.step + 99',
+        "test_train::test_a_run_goes_on_where_it_stopped",
+    ),
+    "the memories at the backbone's learning rate": (
+        "train/trainer.py",
+        '"times": settings.memory_rate if of_memory else 1.0',
+        '"times": 1.0',
+        "test_train::test_memories_have_a_rate_of_their_own",
+    ),
+    "the loss of several batches divided by the labels of one": (
+        "tasks/text.py",
+        "labels = sum(batch.num_labels for batch in batches)",
+        "labels = batches[0].num_labels",
+        "test_train::test_accumulated_batches_are_one_step",
+    ),
+    "what the user says predicted too": (
+        "tasks/chats.py",
+        'if message["role"] != "assistant":',
+        'if message["role"] == "system":',
+        "test_train::test_what_the_assistant_says_is_predicted",
+    ),
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the test that notices)."""

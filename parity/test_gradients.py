@@ -17,7 +17,7 @@ from reference import model as spec
 from reference import stream
 from reference.parameters import map_parameters, named_parameters
 
-from .assertions import GRADIENT_TOLERANCE, array, arrays_of, assert_at_most
+from .assertions import GRADIENT_TOLERANCE, array, arrays_of, assert_at_most, assert_near
 from .calls import World, calls
 from .device import tensor
 from .strategies import cases, configs, random_model, seeds
@@ -243,17 +243,24 @@ def test_recomputing_cells_keeps_less_for_the_backward_pass(make_config):
 
 @pytest.mark.host
 def test_a_loss_is_recomputed_without_its_logits(make_config):
-    """Of a large vocabulary, whose logits would be the most by far."""
-    config = make_config({"vocab_size": 5000, "hidden_size": 16}, {"chunk_size": 32})
+    """Of a large vocabulary, whose logits would be the most by far; the loss is the same."""
+    config = make_config({"vocab_size": 20_000, "hidden_size": 16}, {"chunk_size": 512})
     model = random_model(config, 0)
-    ids = torch.arange(160)[None]
+    ids = torch.arange(1100)[None]
+    losses = []
 
     def kept(**options):
-        return bytes_kept(lambda: model(ids, labels=ids, logits="none", **options).loss)
+        def run():
+            loss = model(ids, labels=ids, logits="none", **options).loss
+            losses.append(loss.item())
+            return loss
 
-    logits = ids.numel() * 5000 * 8
+        return bytes_kept(run)
+
+    logits = ids.numel() * 20_000 * 8
     assert kept() > logits
     assert_at_most(kept(recompute=True) / logits, 0.05, "bytes kept, of the logits'")
+    assert_near(np.float64(losses[1]), losses[0], "loss")
 
 
 @pytest.mark.parametrize("wrong", ["cells", 2, None, []])

@@ -59,7 +59,6 @@ def test_adapter_linear_sigmoid(seed, d, r):
 
 
 @pytest.mark.host
-@pytest.mark.host
 @pytest.mark.parametrize("rows", [0, 1, 2, FEW, FEW + 1])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_few_rows_are_multiplied_as_many_are(rows, biased):
@@ -79,6 +78,7 @@ def test_a_few_rows_are_multiplied_as_many_are(rows, biased):
             assert_near(t.grad.numpy(), np.broadcast_to(grad, t.shape), "gradient", 1e-4)
 
 
+@pytest.mark.host
 @given(backbones(), st.integers(0, 100_000))
 def test_rotary_table_and_frequencies(backbone, start):
     positions = np.arange(start, start + 5)

@@ -405,10 +405,15 @@ def test_the_gradient_is_that_of_one_call(document, tmp_path):
 
 
 def test_accumulated_batches_are_one_step(document, tmp_path):
-    run = trainer(settings(document, batch_size=2, accumulate=3), tmp_path)
-    rng = np.random.default_rng(0)
-    (losses,) = run.task.read(0, rng, run.task.options_at(0))
-    assert sum(1 for _ in losses) == 3
+    """Three of two texts are one of six."""
+    parts = []
+    for size, number in ((2, 3), (6, 1)):
+        given = settings(document, batch_size=size, accumulate=number)
+        task = trainer(given, tmp_path).task
+        (losses,) = task.read(0, np.random.default_rng(0), task.options_at(0))
+        parts.append([loss.item() for loss in losses])
+    assert list(map(len, parts)) == [3, 1]
+    assert sum(parts[0]) == pytest.approx(parts[1][0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
