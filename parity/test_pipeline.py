@@ -108,11 +108,7 @@ def train_alone(config, seed, text, number=1):
 def train_together(mesh, config, seed, text, how, number=1, shard=False):
     """What a worker does: on its rows of the batch, where the mesh has a dimension for data."""
     model = random_model(config, seed)
-    if shard:
-        for layer in model.weights["layers"]:
-            fully_shard(layer, mesh=mesh["data"])
-        fully_shard(model, mesh=mesh["data"])
-    pipeline = Pipeline(model, mesh, **how)
+    pipeline = Pipeline(sharded(model, mesh) if shard else model, mesh, **how)
     part, parts = mesh.get_local_rank("data"), mesh.size(1)
     ids, labels, lengths, sizes = text
     own = ids[part::parts], labels[part::parts], lengths[part::parts], sizes
@@ -372,26 +368,37 @@ def test_wrong_arguments_are_refused_and_nothing_waits(workers, make_config):
             assert words in str(message)
 
 
-def step_forever(rank, say, config, timeout):
+def sharded(model, mesh):
+    """The model, cut over the data."""
+    for layer in model.weights["layers"]:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return model
+
+
+def step_forever(rank, say, config, shape, shard, timeout):
     """Steps until a worker is lost."""
-    pipeline = Pipeline(random_model(config, 0), mesh_of((3, 1)), timeout=timeout)
+    mesh, model = mesh_of(shape), random_model(config, 0)
+    pipeline = Pipeline(sharded(model, mesh) if shard else model, mesh, timeout=timeout)
     ids = torch.from_numpy(long_text(config)[0])
     while True:
         pipeline.step(ids, ids)
         say("a step")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_when_a_worker_is_killed_the_others_end_at_once(make_config, seed):
+@pytest.mark.parametrize(("shape", "shard"), [((3, 1), False), ((2, 2), False), ((2, 2), True)])
+@pytest.mark.parametrize("seed", range(3))
+def test_when_a_worker_is_killed_the_others_end_at_once(make_config, shape, shard, seed):
     """At a random moment of a step, and each says which process it was."""
-    rng = random.Random(seed)
-    group, killed = Group(3, step_forever, 60.0, make_config(), 60.0), rng.randrange(3)
+    size, rng = shape[0] * shape[1], random.Random(f"{seed} {shape} {shard}")
+    group = Group(size, step_forever, 60.0, make_config(), shape, shard, 60.0)
+    killed = rng.randrange(size)
     try:
         for pipe in group.pipes:
             assert pipe.poll(60)
         time.sleep(rng.uniform(0.0, 0.1))
         os.kill(group.processes[killed].pid, signal.SIGKILL)
-        others = [rank for rank in range(3) if rank != killed]
+        others = [rank for rank in range(size) if rank != killed]
         answers = group.answers(SETTLE, others)
         assert sorted(answers) == others, "a worker hangs"
         for rank, (error, _) in answers.items():
@@ -402,7 +409,7 @@ def test_when_a_worker_is_killed_the_others_end_at_once(make_config, seed):
 
 
 def test_a_worker_that_does_not_answer_is_given_up_in_time(make_config):
-    group = Group(3, step_forever, 60.0, make_config(), 1.0)
+    group = Group(3, step_forever, 60.0, make_config(), (3, 1), False, 1.0)
     try:
         for pipe in group.pipes:
             assert pipe.poll(60)

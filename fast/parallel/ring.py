@@ -46,6 +46,9 @@ Copies of all gradients at once would take as much memory as they."""
 GRACE = 2.0
 """Seconds at most to find out who was lost first, once something is."""
 
+PROBE = 1
+"""Tag of a message that nobody sends; others have 0, and do not meet it."""
+
 KEY = "fast.parallel/lost"
 """Of the process that was lost first, in the store of the process group."""
 
@@ -373,12 +376,15 @@ class Ring:
         return found
 
     def _broken(self) -> int | None:
-        """The process at the other end of a wire that is broken, if one is."""
-        for (kind, here, there), wire in self._wires.items():
+        """The process at the other end of a wire that is broken, if one is: gloo knows, and says so
+        when a message is asked for, here one that nobody sends.
+        """
+        for (_, here, there), wire in self._wires.items():
             if there == self.worker:
                 nothing = torch.empty(1, device=self._device())
                 try:
-                    self._probes.append((kind, dist.irecv(nothing, self.workers[here], group=wire)))
+                    probe = dist.irecv(nothing, self.workers[here], group=wire, tag=PROBE)
+                    self._probes.append((nothing, probe))
                 except RuntimeError:
                     return self.workers[here]
         return None
