@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fast import IGNORE
+from fast import IGNORE, CoMeTModel
 from fast.parallel import Pipeline, WorkerLostError, init_pipeline_mesh
 from fast.parallel.schedule import deal, plan_chunks
 from reference.parameters import named_parameters
@@ -326,12 +326,15 @@ def refuse(mesh, config):
     """What is said of wrong arguments, each in every process."""
     model, found = random_model(config, 0), []
     other = init_device_mesh("cpu", (2,), mesh_dim_names=("data",))
+    with torch.device("meta"):
+        on_meta = CoMeTModel(config)
     ids = torch.zeros((1, 5), dtype=torch.int64)
     pipeline = Pipeline(model, mesh)
     for wrong in (
         lambda: Pipeline(model.weights, mesh),
         lambda: Pipeline(model, 2),
         lambda: Pipeline(model, other),
+        lambda: Pipeline(on_meta, mesh),
         lambda: Pipeline(model, mesh, block=0),
         lambda: Pipeline(model, mesh, recompute="yes"),
         lambda: Pipeline(model, mesh, timeout=0),
@@ -354,6 +357,7 @@ def test_wrong_arguments_are_refused_and_nothing_waits(workers, make_config):
         "model is a ParameterTree; expected a CoMeTModel",
         "mesh is a int; expected a DeviceMesh",
         "mesh has dimensions ('data',); expected ('pipeline', 'data'), or 'pipeline' alone",
+        "model is on meta, the mesh is of cpu",
         "block is 0; expected an integer of at least 1",
         "recompute is a str; expected True or False",
         "timeout is 0; expected seconds, more than 0",

@@ -85,6 +85,11 @@ class Pipeline:
         self.model, self.mesh = model, mesh
         self.block, self.recompute = check_count("block", block, 1), bool(recompute)
         self._ring = _ring_of(mesh, timeout)
+        if model.device.type != mesh.device_type:
+            raise ValueError(
+                f"model is on {model.device}, the mesh is of {mesh.device_type}; make it by "
+                f"init_pipeline_mesh(..., device={model.device.type!r}), or move the model."
+            )
         self.spans: list[Span] | None = None
         """What this worker did, one after another; a list that is put here is added to."""
 

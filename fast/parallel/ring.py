@@ -166,7 +166,7 @@ class Ring:
                 f"mesh has {mesh.size()} processes, though {dist.get_world_size()} were started; "
                 "expected one that has all."
             )
-        self.timeout = timeout
+        self.timeout, self._device_type = timeout, mesh.device_type
         ranks = mesh.mesh.view(mesh.size(0), -1)  # [pipeline, data]
         self.worker, column = (ranks == dist.get_rank()).nonzero()[0].tolist()
         self.workers, self._replicas = ranks[:, column].tolist(), ranks[self.worker].tolist()
@@ -262,8 +262,9 @@ class Ring:
         return self._all(self._data, len(self._replicas), line).cpu()
 
     def _device(self) -> str:
-        on_gpu = dist.get_backend() == "nccl"
-        return f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
+        """Where numbers have to be for a message."""
+        on_gpu = self._device_type == "cuda"
+        return f"cuda:{torch.cuda.current_device()}" if on_gpu else self._device_type
 
     def _all(self, group: Any, size: int, x: Tensor) -> Tensor:
         """[size, ...], everybody's x."""
