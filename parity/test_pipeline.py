@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -451,8 +452,21 @@ def test_a_worker_that_never_comes_is_given_up_in_time(make_config):
         group.close()
 
 
-def test_processes_that_are_not_met_are_told_of(monkeypatch):
-    """The port is closed: nobody keeps the store."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_are_not_met_are_told_of(monkeypatch, rank):
+    """The first one finds its port taken; another finds nobody behind it who knows of stores."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = "127.0.0.1", str(taken.getsockname()[1])
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        for name, value in zip(names, (str(rank), "2", *place), strict=True):
+            monkeypatch.setenv(name, value)
+        start, words = time.monotonic(), f"process {rank} of 2 did not meet the others at "
+        with pytest.raises(ConnectionError, match=re.escape(f"{words}{':'.join(place)}: given up")):
+            init_pipeline_mesh(2, timeout=1.0)
+        assert time.monotonic() - start < 1.0 + SETTLE
+
+
+def test_a_port_that_refuses_is_told_of(monkeypatch):
     for name, value in {
         "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"
     }.items():  # fmt: skip

@@ -124,6 +124,7 @@ def _meet(device: str, timeout: float) -> None:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     start = time.monotonic()
     try:
+        _knock(timeout)
         dist.init_process_group(BACKENDS[device], timeout=timedelta(seconds=timeout))
     except (OSError, RuntimeError, ValueError) as error:
         reason = _reason(error)
@@ -132,6 +133,32 @@ def _meet(device: str, timeout: float) -> None:
             f"{time.monotonic() - start:.1f} s of at most {timeout:g} s ({reason}). Are all started, "
             "with the same address, port and number of processes, and is the port free?"
         ) from error
+
+
+def _knock(timeout: float) -> None:
+    """Raise unless a store answers at the port, or this process is to keep it. PyTorch would wait
+    without end for something else that takes connections there and says nothing.
+    """
+    if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    found: list[Exception | None] = []
+
+    def knock() -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            limit = timedelta(seconds=timeout)
+            dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+            found.append(None)
+        except (OSError, RuntimeError, ValueError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(timeout + GRACE)
+    if not found:
+        raise TimeoutError("what listens there does not answer as a store")
+    if found[0] is not None:
+        raise found[0]
 
 
 def _reason(error: BaseException) -> str:
