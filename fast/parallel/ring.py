@@ -69,7 +69,8 @@ def init_pipeline_mesh(
         data: groups of such workers, each with texts of its own.
         device: "cpu" (messages by gloo) or "cuda" (by NCCL; each process takes the GPU of its
             `LOCAL_RANK`).
-        timeout: seconds that a process waits for the others, here and in collectives.
+        timeout: seconds that a process waits for the others, here and in collectives. For one that
+            has gone again, gloo waits up to five times as long.
 
     Returns:
         A mesh of pipeline x data processes, with these names.
@@ -130,7 +131,7 @@ def _meet(device: str, timeout: float) -> None:
         reason = _reason(error)
         raise ConnectionError(
             f"process {rank} of {size} did not meet the others at {place}: given up after "
-            f"{time.monotonic() - start:.1f} s of at most {timeout:g} s ({reason}). Are all started, "
+            f"{time.monotonic() - start:.1f} s, timeout {timeout:g} s ({reason}). Are all started, "
             "with the same address, port and number of processes, and is the port free?"
         ) from error
 
