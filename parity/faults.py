@@ -597,8 +597,8 @@ FAULTS = {
     ),
     "what the user says predicted too": (
         "tasks/chats.py",
-        'if message["role"] != "assistant":',
-        'if message["role"] == "system":',
+        "labels[len(before) : len(after)] = ids[len(before) : len(after)]",
+        "labels[: len(after)] = ids[: len(after)]",
         "test_train::test_what_the_assistant_says_is_predicted",
     ),
 }

@@ -278,7 +278,7 @@ def test_memory_is_kept_by_who_asks_for_it():
     script = """
 import resource, sys, torch
 from fast import CoMeTModel, keep_memory
-from fast.tasks.passkey_recipe import small_config
+from fast.bench.speed import Case
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -287,7 +287,7 @@ def faults():
         x = x + x
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-CoMeTModel(small_config())
+CoMeTModel(Case("small", "128/8/16").config)
 kept = sys.argv[1] == "asked" and keep_memory()
 faults()
 print(kept, faults())
