@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fast.__main__ import _parser
-from fast.tasks import passkey_report
+from fast.tasks import memories_report, passkey_report
 
 from .behaviours import FAULTS as WRONG_BEHAVIOURS
 from .faults import FAULTS
@@ -140,6 +141,22 @@ def test_each_picture_is_shown_and_is_drawn_by_the_one_command():
     for name in shown:
         stem = re.sub(r"_(published|prose)(_cost)?$", "", name.partition(".")[0])
         assert f'"{stem}' in drawing, f"{name} is not drawn by docs/pictures.py"
+
+
+def test_the_table_of_trained_memories_is_what_its_picture_shows(tmp_path):
+    results, setting = memories_report.load(DOCS / "results" / "memories_whole.json")
+    table = re.search(r"\| whole: the backbone.*?\n\n", PAGES["docs/pretrained.md"], re.DOTALL)[0]
+    for result, row in zip(results, table.strip().splitlines(), strict=True):
+        nats = np.array(result.nats)
+        keys = [
+            f"{n}; {np.mean(x):.2f}"
+            for n, x in zip(result.keys_found, result.key_nats, strict=True)
+        ]
+        cells = [f"{nats[:, 0].mean():.3f}", f"{nats[:, 1:].mean():.3f}", *keys]
+        assert [cell.strip(" *") for cell in row.strip("|").split("|")[1:]] == cells
+        assert result.name in row
+    memories_report.save(results, setting, tmp_path / "again.json")
+    assert memories_report.load(tmp_path / "again.json") == (results, setting)
 
 
 @pytest.mark.parametrize("variant", ["published", "prose"])

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig, MemoryConfig
 
-from ..checkpoints import load_checkpoint
+from ..checkpoints import load_checkpoint, read_json
 from ..drawing import COLOURS, save_figure, style
 from ..files import atomic_write
 from ..inputs import check_count
@@ -42,6 +42,7 @@ __all__ = [
     "Measured",
     "Setting",
     "draw",
+    "load",
     "measure",
     "read_stream",
     "read_window",
@@ -294,6 +295,23 @@ def save(results: Sequence[Measured], setting: Setting, path: Path) -> None:
     atomic_write(path, json.dumps(data, indent=1) + "\n")
 
 
+def load(path: Path) -> tuple[list[Measured], Setting]:
+    """Results and their setting, as `save` wrote them.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or holds something else.
+    """
+    data = read_json(path)
+    try:
+        setting: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data["setting"].items()
+        }
+        return [Measured(**result) for result in data["results"]], Setting(**setting)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold results ({error}); measure again.") from error
+
+
 LOOKS = {
     "whole": ("#222222", ":"),
     "chunks": ("#999999", "-"),
@@ -320,5 +338,6 @@ def draw(results: Sequence[Measured], setting: Setting, path: Path) -> Path:
         right.set_xticks(setting.lengths, [f"{n:,}" for n in setting.lengths])
         right.minorticks_off()
         right.axhline(np.log(10), color="#CCCCCC", lw=0.8, zorder=0)
-        left.legend(frameon=False, fontsize=8)
+        left.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside lower center", ncols=len(results), fontsize=8)
         return save_figure(figure, path)
