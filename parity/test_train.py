@@ -368,8 +368,26 @@ def test_chats_are_trained_on(chatty, tmp_path):
     found = run.read_metrics()
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
     assert (run.result / "model.safetensors").exists()
+    short = dataclasses.replace(run.task.options_at(0), chunks=1)
+    longest = run.task.longest
+    run.task.chats = [  # of which a shorter text has nothing that is predicted
+        Labelled(np.zeros(longest, np.int64), np.r_[np.full(longest - 1, IGNORE), 0])
+    ]
+    (losses,) = run.task.read(0, np.random.default_rng(0), short)
+    assert [loss.item() for loss in losses] == [0.0, 0.0]
     again = open_text(run.result, run.model.config.backbone.vocab_size)
     assert again.prompt("a b") == run.task.words.prompt("a b")
+
+
+def test_processes_that_would_lose_step_are_refused(chatty, tmp_path):
+    given = Settings(
+        backbone=str(chatty),
+        memory={"chunk_size": 8, "global_memory_size": 2, "compression_stride": 4},
+        chat=("chats.jsonl",),
+        options={"each_window": True, "backprop_chunks": 2},
+    )
+    with pytest.raises(ValueError, match="each_window: chats have different numbers of windows"):
+        trainer(given, tmp_path, Processes(group=1, number=2))
 
 
 # The loop

@@ -173,6 +173,11 @@ class Text(Task):
             raise ValueError(
                 "expected files of plain text (text), or files of chats (chat), and not both."
             )
+        if settings.chat and processes.number > 1 and any(o.each_window for o in self.phases):
+            raise ValueError(
+                "each_window: chats have different numbers of windows, so that processes would not "
+                "take the same steps; set it to false, or train in one process."
+            )
         source = Path(settings.backbone or settings.model or "")
         self.words = open_text(source, model.config.backbone.vocab_size)
         chunks = max(options.chunks for options in self.phases)
@@ -273,7 +278,7 @@ class Text(Task):
         else:
             labels = sum(batch.num_labels for batch in batches)
             yield (
-                window.nats / labels
+                window.nats / max(labels, 1)  # shorter texts of a curriculum may have none
                 for batch, _ in self._own(batches)
                 for window in self._windows(model, batch, options)
             )
