@@ -24,7 +24,7 @@ from .bench import pretrained as bench_pretrained
 from .bench import report as bench_report
 from .bench import starts
 from .files import atomic_write, check_writable
-from .inputs import MOST, check_count
+from .inputs import MOST, check_choice, check_count
 from .machine import keep_memory, machine, threads
 from .model import CoMeTModel
 from .tasks import (
@@ -439,6 +439,7 @@ def _train(args: argparse.Namespace) -> None:
     if given["model"] is not None:
         given["memory"] = {}  # a checkpoint has its own
     settings = training.read_settings(args.settings, args.set, task=args.task, **given)
+    check_choice("task", settings.task, sorted(TASKS))
     check_writable(args.out / "metrics.jsonl")
     keep_memory()
     if args.threads is not None:

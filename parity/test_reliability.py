@@ -282,6 +282,7 @@ def test_a_command_begins_or_is_refused_in_a_sentence(places, words):
         ("train passkey --settings file", "file is not TOML"),
         ("train passkey --set batch_size=0", "batch_size is 0; expected at least 1"),
         ("train text --text file", "the settings name no model"),
+        ("train passkey --set task=poem", "task is 'poem'; expected 'keeping', 'memories',"),
         ("train text --text file --model model", "model/tokenizer.json is missing"),
         ("train passkey --threads 0", "--threads is 0"),
         ("watch state --html folder", "folder"),

@@ -83,7 +83,7 @@ class Settings:
     """
 
     task: str = "text"
-    """What is trained on, see `fast.tasks.TASKS`."""
+    """What is trained on: "text", "memories", "passkey" or "keeping"."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """Of the task."""
