@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--page needs --device cuda: that page is of GPUs alone")
     if args.command == "bench" and args.what is None and args.simulate:
         parser.error("--simulate is of `bench pipeline`")
+    if args.command == "bench" and args.section is not None and args.device is not None:
+        parser.error("--section is of the page without --device")
     try:
         _check_numbers(args)
         args.run(args)
@@ -107,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--haystack", help="a text file (default: the built-in text)")
     measure.add_argument("--out", type=Path, help="folder for results and pictures")
     measure.add_argument("--diagnose", action="store_true", help="instead, tell what writes to the "
-                         "memory in prose without a key, and whether late keys get in")  # fmt: skip
+                         "memory in prose without a key, and whether late keys get in; takes --model, "
+                         "--haystack, --seed and --out alone")  # fmt: skip
     measure.set_defaults(run=_measure)
     compare = tasks.add_parser("memories", help="what trained memories are worth to a backbone",
                                description=memories_report.__doc__,
@@ -281,7 +284,6 @@ NUMBERS = {
     "chunks": (1, MOST),
     "answer": (0, MOST),
     "max_new_tokens": (1, MOST),
-    "steps": (1, MOST),
     "windows": (1, MOST),
 }
 """Options that are integers: the least and the most."""

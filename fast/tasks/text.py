@@ -12,22 +12,26 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from reference.chunking import at_boundaries, fixed_size, random_sizes, right_aligned, uniform
 
 from ..inputs import IGNORE, MOST
 from ..model import CoMeTModel, CoMeTWindow
-from ..parallel import Pipeline
 from ..pretrained.text import ByteText, open_text
 from ..train.settings import Settings
 from ..train.trainer import Processes, Task
 from .chats import Labelled, encode_chat, pack, read_chats
 from .memories import HELD_OUT, read_tokens, split_tokens
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from ..parallel import Pipeline
 
 __all__ = ["Batch", "Options", "Text", "at_stride", "draw_cut", "draw_stride"]
 
@@ -213,6 +217,8 @@ class Text(Task):
                 f"pipeline is {settings.pipeline}: a text that processes share is one step, so that "
                 f"there is no place for {', '.join(wrong)}."
             )
+        from ..parallel import Pipeline
+
         self.pipeline = Pipeline(
             self.model, mesh, block=settings.block, recompute=settings.recompute
         )

@@ -19,13 +19,12 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from reference.config import CoMeTConfig, MemoryConfig
 from reference.parameters import named_parameters
@@ -34,10 +33,12 @@ from ..arrays import shown
 from ..checkpoints import of_file, read_training, write_training
 from ..files import atomic_write
 from ..model import CoMeTModel
-from ..parallel import init_pipeline_mesh
 from ..pretrained.memories import memory_names
 from ..pretrained.text import TokenText
 from .settings import Settings, fit
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Processes", "Task", "Trainer", "build_model", "trained_weights"]
 
@@ -64,7 +65,7 @@ class Processes:
         """Those that `torchrun` has started, joined as long as the block lasts; else one alone.
 
         Raises:
-            ConnectionError: the others were not met.
+            ConnectionError: the others were not met, or one was lost.
             ValueError: they are too few, or cannot be put into groups of `settings.pipeline`.
         """
         if not dist.is_torchelastic_launched():
@@ -75,6 +76,8 @@ class Processes:
                 )
             yield cls()
             return
+        from ..parallel import WorkerLostError, init_pipeline_mesh  # which take half a second
+
         on_gpu = settings.device is None and torch.cuda.is_available()
         size = int(os.environ["WORLD_SIZE"])
         mesh = init_pipeline_mesh(
@@ -86,6 +89,8 @@ class Processes:
         try:
             share = mesh if settings.pipeline > 1 else None
             yield cls(dist.get_rank(), group, size // settings.pipeline, share)
+        except WorkerLostError as error:
+            raise ConnectionError(str(error)) from error
         finally:
             dist.destroy_process_group()
 
