@@ -37,7 +37,6 @@ __all__ = [
     "embed",
     "open_row",
     "recompute",
-    "recompute_from_host",
     "run_layer",
     "run_layers",
 ]
@@ -50,23 +49,10 @@ Recompute = Callable[..., Any]
 
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function, of which the backward pass keeps the arguments alone: it calls it again."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def recompute_from_host(function: Callable[..., Any], *args: Any) -> Any:
-    """As `recompute`, the arguments that a gradient goes to kept in the memory of the host."""
-    places = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
-    devices = [args[i].device for i in places]
-
-    def from_host(*kept: Any) -> Any:
-        moved = list(kept)
-        for i, device in zip(places, devices, strict=True):
-            moved[i] = moved[i].to(device)
-        return function(*moved)
-
-    kept = [x.to("cpu") if i in places else x for i, x in enumerate(args)]
-    return recompute(from_host, *kept)
+    """Call a function, of which the backward pass keeps the arguments alone: it calls it again, with
+    the same random numbers.
+    """
+    return checkpoint(function, *args, use_reentrant=False)
 
 
 def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) -> Tensor:

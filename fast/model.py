@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from reference.config import CoMeTConfig, MemoryConfig
 from reference.parameters import map_parameters, shapes
 
 from .arrays import FLOATS, dtype_name, shown, to_host
-from .cells import Recompute, recompute, recompute_from_host
+from .cells import Recompute, recompute
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .compiling import untraced
 from .inputs import (
@@ -38,6 +39,7 @@ from .inputs import (
 from .layers import Weights, linear, rms_norm, take_slots, tensor_of, widen
 from .parameters import ParameterTree, initialize
 from .recorder import Recorder
+from .rereading import Rereader
 from .rows import Row
 from .sampling import sample
 from .state import CoMeTState
@@ -61,11 +63,13 @@ __all__ = [
 SCORED = 256
 """Tokens whose logits are held at once, where they are computed again in the backward pass."""
 
-RECOMPUTE: dict[bool | str, Recompute | None] = {
-    False: None,
-    True: recompute,
-    "host": recompute_from_host,
+RECOMPUTE: dict[str, Recompute | None] = {
+    "none": None,
+    "cells": recompute,
+    "chunks": recompute,
+    "host": recompute,
 }
+"""What `recompute` of a call may be, and how the loss of a few tokens is called for it."""
 
 _check_call, _check_logits = untraced()(check_call), untraced()(check_logits)
 
@@ -152,7 +156,7 @@ def score_round(
     wanted = take_slots(targets, row.columns)
     predicted = wanted != IGNORE
     hidden, wanted = hidden[predicted], wanted[predicted]
-    if again is None or not torch.is_grad_enabled():
+    if again is None:
         return score(hidden, wanted), predicted.sum()
     nats = widen(hidden).new_zeros(())
     for tokens, labels in zip(hidden.split(SCORED), wanted.split(SCORED), strict=True):
@@ -354,7 +358,7 @@ class CoMeTModel(nn.Module):
         chunk_sizes: Sequence[int] | None = None,
         backprop_chunks: int | None = None,
         *,
-        recompute: bool | str = False,
+        recompute: str = "none",
         recorder: Recorder | None = None,
     ) -> CoMeTOutput:
         """Read text.
@@ -378,10 +382,12 @@ class CoMeTModel(nn.Module):
             backprop_chunks: gradients are cut at every so many chunk borders of a stream, counted
                 from its start; None never cuts. What a loss or logits depend on is kept all the
                 same: `windows` keeps one window. 1 trains nothing that writes a memory, see there.
-            recompute: whether what a backward pass needs of a cell, one layer of one chunk, is its
-                input alone, and the rest is computed again then: memory for time, and the same
-                numbers. "host" keeps the inputs in the host's memory. Of the loss, the logits of a
-                few tokens at a time are held.
+            recompute: what is computed again in a backward pass instead of kept for it: less memory
+                for more time, and the same numbers. "none": nothing. "cells": the inside of a cell,
+                one layer of one chunk; its input is kept. "chunks": the inside of a chunk; the
+                memories before it are kept, of queues what each chunk puts in. `backward` is
+                called without `inputs` then. "host": the same, and they are kept in the host's
+                memory. With any of them the logits of a loss are held for a few tokens at a time.
             recorder: what watches, see `Recorder`.
 
         Returns:
@@ -395,15 +401,18 @@ class CoMeTModel(nn.Module):
         )
         check_choice("logits", logits, ("all", "last", "none"))
         params, config = self.weights, self.config
-        outputs = logits if targets is None else "all"
+        outputs = logits
+        if targets is not None:
+            outputs = "all"
+            options["finish"] = self._scores(targets, recompute, keeps=logits != "none")
 
         parts: list[Reading] = []
         last: Tensor | None = None
         nats = widen(params["norm"]).new_zeros(())
         for part in read(ids, state, params, config, outputs=outputs, recorder=recorder, **options):
             state = part.state
-            if targets is not None:
-                nats = nats + self._score(part, targets, options["recompute"])[0]
+            if part.nats is not None:
+                nats = nats + part.nats
             if logits == "all":
                 parts.append(part)
             elif logits == "last":
@@ -425,7 +434,7 @@ class CoMeTModel(nn.Module):
         chunk_sizes: Sequence[int] | None = None,
         *,
         backprop_chunks: int,
-        recompute: bool | str = False,
+        recompute: str = "none",
     ) -> Iterator[CoMeTWindow]:
         """Read a text of any length for training, a window of chunks at a time.
 
@@ -463,6 +472,7 @@ class CoMeTModel(nn.Module):
             ids, labels, lengths, state, chunk_sizes, backprop_chunks, recompute
         )
         assert targets is not None  # there are labels
+        options["finish"] = self._scores(targets, recompute, keeps=False)
         return self._windows(ids, state, targets, options)
 
     def _windows(
@@ -473,8 +483,10 @@ class CoMeTModel(nn.Module):
         none = widen(self.weights["norm"]).new_zeros(()), torch.zeros_like(text_labels)
         (nats, num_labels), tokens = none, state.tokens
         for part in read(ids, state, self.weights, self.config, cuts_all=True, **options):
-            score = self._score(part, targets, options["recompute"])
-            nats, num_labels, state = nats + score[0], num_labels + score[1], part.state
+            assert part.nats is not None  # there are labels
+            assert part.num_labels is not None
+            nats, num_labels = nats + part.nats, num_labels + part.num_labels
+            state = part.state
             # A chunk that was full already may close before any text is read.
             if part.cut and (state.tokens > tokens).any():
                 yield CoMeTWindow(state, nats, num_labels, text_labels)
@@ -492,7 +504,7 @@ class CoMeTModel(nn.Module):
         state: CoMeTState | None,
         chunk_sizes: Sequence[int] | None,
         backprop_chunks: int | None,
-        recompute: bool | str,
+        recompute: str,
         recorder: Recorder | None = None,
     ) -> tuple[Tensor, CoMeTState, Tensor | None, dict[str, Any]]:
         """What `forward` and `windows` take, checked.
@@ -510,22 +522,30 @@ class CoMeTModel(nn.Module):
         if labels is not None:
             labels = check_labels(labels, ids, sizes, self.config.backbone.vocab_size)
             targets = F.pad(shift_labels(labels, sizes), (0, 1), value=IGNORE)
-        if not isinstance(recompute, (bool, str)) or recompute not in RECOMPUTE:
-            raise ValueError(f"recompute is {shown(recompute)}; expected True, False or 'host'.")
+        check_choice("recompute", recompute, tuple(RECOMPUTE))
+        rereads = recompute in ("chunks", "host")
         options: dict[str, Any] = {
             "chunk_sizes": chunk_sizes,
             "backprop_chunks": backprop_chunks,
             "lengths": sizes,
-            "recompute": RECOMPUTE[recompute],
+            "recompute": RECOMPUTE[recompute] if recompute == "cells" else None,
+            "reread": Rereader(on_host=recompute == "host") if rereads else None,
         }
         return ids, for_gradients(state), targets, options
 
-    @untraced()
-    def _score(
-        self, part: Reading, targets: Tensor, again: Recompute | None
-    ) -> tuple[Tensor, Tensor]:
-        """`score_round` of a part of a call."""
-        return score_round(part.hidden, part.row, targets, self.weights, self.config, again)
+    def _scores(
+        self, targets: Tensor, recompute: str, *, keeps: bool
+    ) -> Callable[[Reading], Reading]:
+        """What scores the rounds of a call, and keeps their top outputs or not."""
+        params, config, again = self.weights, self.config, RECOMPUTE[recompute]
+
+        @untraced()
+        def score(part: Reading) -> Reading:
+            nats, count = score_round(part.hidden, part.row, targets, params, config, again)
+            hidden = part.hidden if keeps else part.hidden[:, :0]
+            return dataclasses.replace(part, hidden=hidden, nats=nats, num_labels=count)
+
+        return score
 
     @untraced(recursive=False)
     def generate(

@@ -10,7 +10,7 @@ tensors are never written to. Throughout, `params` are a model's weights under t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from .cells import Recompute, Rotation, Tensors, open_row, run_layers
 from .chunking import Round, plan_rounds
 from .compiling import untraced
 from .layers import Weights, put_slots, rotary_tables, take_slots
+from .rereading import Rereader
 from .rows import Row, count_memory_slots, count_round, lay_out
 from .state import CoMeTState, fingerprint
 
@@ -171,6 +172,12 @@ class Reading:
     cut: bool
     """Whether gradients are cut after it: a window of `backprop_chunks` ends."""
 
+    nats: Tensor | None = None
+    """Scalar, the sum of its labels' losses, where there are labels."""
+
+    num_labels: Tensor | None = None
+    """Scalar int64, how many they are."""
+
     def last(self, previous: Tensor | None) -> Tensor | None:
         """[b, d], each sequence's last output: this round's, or the previous one where it read
         nothing.
@@ -286,6 +293,8 @@ def read(
     cuts_all: bool = False,
     recorder: Recorder | None = None,
     recompute: Recompute | None = None,
+    reread: Rereader | None = None,
+    finish: Callable[[Reading], Reading] | None = None,
 ) -> Iterator[Reading]:
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
 
@@ -301,6 +310,8 @@ def read(
         recorder: what watches, or None.
         recompute: how `open_chunk` and every cell are called, so that a backward pass keeps their
             inputs alone and computes the rest again; None keeps all.
+        reread: reads each round, so that of it a backward pass keeps the memories before it alone.
+        finish: what is made of a round, its score for instance, where it is read.
 
     Yields:
         Each round's top outputs and state, so that nothing grows with the text.
@@ -309,30 +320,60 @@ def read(
         lengths = np.full(len(ids), ids.shape[1])
     size = config.memory.chunk_size if roll else None
     text = F.pad(ids, (0, 0) * (ids.dim() - 2) + (0, 1))
-    begin = open_chunk if recompute is None else partial(recompute, open_chunk)
     for plan in plan_rounds(
         lengths, state.open_tokens, size, chunk_sizes, state.chunks, backprop_chunks
     ):
-        opens = (state.row_length == 0) & (plan.take > 0)
-        if opens.any():
-            state = begin(state, params, config, opens)
         ends = (plan.take > 0) & (plan.start + plan.take == lengths)
         wanted = "none" if outputs == "last" and not ends.any() else outputs
-        part = run_row(
-            text,
-            state,
-            params,
-            config,
+        one = partial(
+            _read_round,
+            params=params,
+            config=config,
             plan=plan,
             outputs=wanted,
-            recorder=recorder,
             recompute=recompute,
+            finish=finish,
+        )
+        part = (
+            one(text, state, recorder=recorder)
+            if reread is None
+            else reread(one, text, state, params, recorder)
         )
         if part.cut:
             cut = np.asarray(plan.cut) | cuts_all
             part = dataclasses.replace(part, state=_detach_rows(part.state, cut))
         state = part.state
         yield part
+
+
+def _read_round(
+    text: Tensor,
+    state: CoMeTState,
+    params: Weights,
+    config: CoMeTConfig,
+    *,
+    plan: Round,
+    outputs: str,
+    recorder: Recorder | None,
+    recompute: Recompute | None,
+    finish: Callable[[Reading], Reading] | None,
+) -> Reading:
+    """`open_chunk` where new slots come to no row, `run_row`, and `finish`; arguments as in `read`."""
+    opens = (state.row_length == 0) & (plan.take > 0)
+    if opens.any():
+        begin = open_chunk if recompute is None else partial(recompute, open_chunk)
+        state = begin(state, params, config, opens)
+    part = run_row(
+        text,
+        state,
+        params,
+        config,
+        plan=plan,
+        outputs=outputs,
+        recorder=recorder,
+        recompute=recompute,
+    )
+    return part if finish is None else finish(part)
 
 
 def _detach_rows(state: CoMeTState, rows: np.ndarray) -> CoMeTState:

@@ -274,7 +274,7 @@ class World:
                 labels = [[int(forms.choice([IGNORE, 3, 99])), *row[1:]] for row in call.labels]
                 arguments["labels"] = placed(labels)
             if is_host() and forms.random() < 0.3:  # other devices may have no generator to ask for
-                arguments["recompute"] = (True, "host", False)[forms.integers(3)]
+                arguments["recompute"] = ("none", "cells", "chunks", "host")[forms.integers(4)]
             out = self.model(**arguments, logits=call.logits)
             after = out.state
         expected, then = [], []

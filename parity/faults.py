@@ -601,5 +601,41 @@ FAULTS = {
         "labels[: len(after)] = ids[: len(after)]",
         "test_train::test_what_the_assistant_says_is_predicted",
     ),
+    "the oldest entries of a queue's pieces": (
+        "rereading.py",
+        "return tuple(t[:, t.shape[1] - size :] for t in joined)",
+        "return tuple(t[:, :size] for t in joined)",
+        "test_rereading::test_rereading_changes_nothing",
+    ),
+    "the whole queue kept of every chunk": (
+        "rereading.py",
+        "if new and _is_shared(reading):",
+        "if False:",
+        "test_rereading::test_what_is_kept_of_a_chunk_is_what_it_wrote",
+    ),
+    "other random numbers where a chunk is read again": (
+        "rereading.py",
+        "torch.set_rng_state(on_host)",
+        "pass",
+        "test_rereading::test_random_numbers_are_the_same_again",
+    ),
+    "chunks read again without autocast": (
+        "rereading.py",
+        "torch.enable_grad(), ctx.autocast:",
+        "torch.enable_grad():",
+        "test_rereading::test_chunks_are_read_again_under_the_autocast_of_the_first_time",
+    ),
+    "zeros sent back through outputs that nothing was made of": (
+        "rereading.py",
+        "ctx.set_materialize_grads(False)",
+        "ctx.set_materialize_grads(True)",
+        "test_rereading::test_an_output_that_nothing_is_made_of_has_no_gradient",
+    ),
+    "weights left out of what autograd knows of a chunk": (
+        "rereading.py",
+        "trained = [p for p in weights if p.requires_grad]",
+        "trained = [p for p in weights if p.requires_grad][:1]",
+        "test_rereading::test_gradients_that_are_asked_for_by_name_are_refused",
+    ),
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the test that notices)."""

@@ -60,7 +60,7 @@ def steps(draw):
     labels = np.where(rng.random(ids.shape) < draw(st.sampled_from([0.0, 0.5])), IGNORE, ids)
     labels[0, 1] = 3  # there is one at least
     sizes = draw(splits(lengths[0])) if by_hand else None
-    how = {"block": draw(st.integers(1, 3)), "recompute": draw(st.booleans())}
+    how = {"block": draw(st.integers(1, 3)), "recompute": draw(st.sampled_from(["none", "cells"]))}
     return shape, config, seed, (ids, labels, lengths, sizes), how
 
 
@@ -148,10 +148,10 @@ def long_text(config, b=2, chunks=9, seed=0):
 
 @pytest.mark.parametrize(("shape", "how"), [
     ((1, 1), {}),
-    ((2, 1), {"recompute": True}),
+    ((2, 1), {"recompute": "cells"}),
     ((3, 1), {}),
     ((4, 1), {"block": 3}),
-    ((2, 2), {"block": 2, "recompute": True}),
+    ((2, 2), {"block": 2, "recompute": "cells"}),
 ])  # fmt: skip
 def test_weights_stay_those_of_one_process_over_steps(workers, make_config, shape, how):
     config = make_config()
@@ -206,7 +206,7 @@ def test_gradients_add_up_and_frozen_weights_get_none(workers, make_config):
 def bytes_saved(mesh, config):
     """Most that autograd keeps at a time, for texts of several lengths, with and without."""
     found = []
-    for recompute in (False, True):
+    for recompute in ("none", "cells"):
         pipeline = Pipeline(random_model(config, 0), mesh, recompute=recompute)
         for chunks in (8, 32):
             saved, text = Saved(), long_text(config, 1, chunks)
@@ -267,7 +267,7 @@ def test_modules_in_place_of_others_and_hooks_are_called(workers, make_config):
 
 def under_autocast(mesh, config, text):
     found = []
-    for recompute in (False, True):
+    for recompute in ("none", "cells"):
         model = random_model(config, 0, torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
             Pipeline(model, mesh, recompute=recompute).step(**as_tensors(*text))
@@ -360,7 +360,7 @@ def test_wrong_arguments_are_refused_and_nothing_waits(workers, make_config):
         "mesh has dimensions ('data',); expected ('pipeline', 'data'), or 'pipeline' alone",
         "model is on meta, the mesh is of cpu",
         "block is 0; expected an integer of at least 1",
-        "recompute is a str; expected True or False",
+        "recompute is 'yes'; expected 'none' or 'cells'",
         "timeout is 0; expected seconds, more than 0",
         "labels is a NoneType; expected a tensor like ids",
         "labels has shape (1, 4)",

@@ -409,7 +409,7 @@ def test_the_gradient_is_that_of_one_call(document, tmp_path):
 
     expected, grads = gradient(base)
     for changed in (
-        dataclasses.replace(base, recompute=True),
+        dataclasses.replace(base, recompute="chunks"),
         dataclasses.replace(base, options={**base.options, "backprop_chunks": 10}),
     ):
         found, same = gradient(changed)
@@ -440,7 +440,7 @@ def test_accumulated_batches_are_one_step(document, tmp_path):
         {},
         {"options": {"chunks": 4, "fewest": 2, "backprop_chunks": 2, "each_window": True}},
         {"phases": (Phase(3, 1e-2), Phase(3, 1e-3, fresh_optimizer=True, options={"chunks": 2}))},
-        {"train": "memories", "autocast": True, "recompute": True},
+        {"train": "memories", "autocast": True, "recompute": "chunks"},
     ],
 )
 def test_a_run_goes_on_where_it_stopped(document, tmp_path, changes):

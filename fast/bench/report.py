@@ -103,7 +103,7 @@ QUICK = (
     Job("length", Case("small", "128/8/16", rounds=3), ([1024, 4096],)),
     Job("decoding", Case("small", "128/8/16", rounds=3), ([1024, 4096], 32)),
     Job("training", Case("small", "128/8/16", rounds=3), (2,)),
-    *(Job("graph", Case("small", "128/8/16"), (chunks, "inputs")) for chunks in (8, 64)),
+    *(Job("graph", Case("small", "128/8/16"), (chunks, "chunks")) for chunks in (8, 64)),
     *(Job("memory", Case("small", "128/8/16"), (length,)) for length in (10_000, 100_000)),
 )
 """A few of its rows, in minutes."""

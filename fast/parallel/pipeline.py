@@ -21,9 +21,9 @@ from reference.parameters import map_parameters, named_parameters
 from ..inputs import (
     IGNORE,
     check_call,
+    check_choice,
     check_chunk_sizes,
     check_count,
-    check_flag,
     check_kind,
     check_labels,
 )
@@ -60,7 +60,7 @@ class Pipeline:
         mesh: DeviceMesh,
         *,
         block: int = 1,
-        recompute: bool = False,
+        recompute: str = "none",
         timeout: float = 600.0,
     ) -> None:
         """All processes of the mesh make theirs, at the same time.
@@ -71,8 +71,8 @@ class Pipeline:
                 `init_pipeline_mesh` makes it.
             block: consecutive chunks that a worker reads before the next worker's turn. 1 starts
                 all workers soonest; more means fewer messages.
-            recompute: whether a cell's inside is computed again in the backward pass, so that no
-                more than its inputs and outputs is kept.
+            recompute: "cells" computes a cell's inside again in the backward pass, so that no more
+                than its inputs and outputs is kept; "none" keeps all.
             timeout: seconds that a worker waits for a message of another. It has to be longer than
                 a whole step, since the first worker waits at its end for gradients from all others.
 
@@ -81,9 +81,9 @@ class Pipeline:
             WorkerLostError: another process was lost meanwhile.
         """
         check_kind("model", model, CoMeTModel, "a CoMeTModel")
-        check_flag("recompute", recompute)
+        check_choice("recompute", recompute, ("none", "cells"))
         self.model, self.mesh = model, mesh
-        self.block, self.recompute = check_count("block", block, 1), bool(recompute)
+        self.block, self.recompute = check_count("block", block, 1), recompute
         self._ring = _ring_of(mesh, timeout)
         if model.device.type != mesh.device_type:
             raise ValueError(
@@ -136,7 +136,7 @@ class Pipeline:
             params,
             self.model.config,
             block=self.block,
-            recompute=self.recompute,
+            recompute=self.recompute == "cells",
             train=train,
             receive=self.receive,
             spans=self.spans,

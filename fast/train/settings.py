@@ -142,8 +142,9 @@ class Settings:
     autocast: bool = False
     """Whether products are computed in bfloat16; weights stay in float32."""
 
-    recompute: bool = False
-    """Whether the inside of a cell is computed again in the backward pass, not kept."""
+    recompute: str = "none"
+    """What is computed again in the backward pass, not kept: "none", the inside of "cells" or of
+    "chunks", or "host", as `CoMeTModel` takes it; "none" or "cells" with a pipeline."""
 
     evaluate_every: int = 0
     """Steps between evaluations on what is held out; 0 is none."""
@@ -166,6 +167,8 @@ class Settings:
             _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         _require(len(self.phases) > 0, "phases", self.phases, "one phase at least")
         _require(self.train in ("all", "memories"), "train", self.train, "'all' or 'memories'")
+        kinds = ("none", "cells", "chunks", "host")
+        _require(self.recompute in kinds, "recompute", self.recompute, f"one of {', '.join(kinds)}")
         starts = [name for name in ("model", "backbone", "config") if getattr(self, name)]
         if len(starts) > 1:
             raise ValueError(
