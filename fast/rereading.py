@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .recorder import Recorder
     from .stream import Reading
 
-__all__ = ["Rereader"]
+__all__ = ["Rereader", "send_back"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -64,7 +64,7 @@ class Rereader:
         """
         if not torch.is_grad_enabled():
             return read(text, state, recorder=recorder)
-        if state.temporary_memory is not self._queue:  # at the start, and after a cut
+        if not self._pieces or state.temporary_memory is not self._queue:  # or a gradient was cut
             self._queue = state.temporary_memory
             if (state.queue_length == state.queue_length[0]).all():
                 self._queue = tuple(t[:, : int(state.queue_length[0])] for t in self._queue)
@@ -88,11 +88,13 @@ class Rereader:
         """A reading with the tensors that have gradients in place of its own."""
         lengths = [len(part) for part in _made(reading)]
         (hidden,), nats, states, keys, values, new = _split(tensors, lengths)
-        pieces = [*self._pieces, new] if _is_shared(reading) else [new]
+        shared = _is_shared(reading)
+        pieces = [*self._pieces, new] if shared else [new]
         size = _entries(reading.state.temporary_memory)
         while len(pieces) > 1 and sum(map(_entries, pieces[1:])) >= size:
             pieces = pieces[1:]
-        self._pieces, self._queue = pieces, _join(pieces, size)
+        self._queue = _join(pieces, size)
+        self._pieces = pieces if shared else []  # there may be padding at a queue's end
         after = dataclasses.replace(
             reading.state,
             global_state=states,
@@ -174,6 +176,17 @@ def _split(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensors]:
     return [tuple(islice(items, length)) for length in lengths]
 
 
+def send_back(outputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Run a backward pass from outputs that have a gradient. None stands for what is not there."""
+    pairs = [
+        (x, gradient)
+        for x, gradient in zip(outputs, gradients, strict=True)
+        if x is not None and gradient is not None and x.requires_grad
+    ]
+    if pairs:
+        torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+
+
 class _Again(torch.autograd.Function):
     """A function of tensors that is called without a graph, and again for its gradients. Those of
     weights, which are no arguments of it, are added to what the weights have: at no time are there
@@ -212,11 +225,5 @@ class _Again(torch.autograd.Function):
             torch.set_rng_state(on_host)
             set_device_states(devices, states, device_type=kind)
             outputs = ctx.call(*inputs)
-        pairs = [
-            (x, gradient)
-            for x, gradient in zip(outputs, gradients, strict=True)
-            if gradient is not None and x.requires_grad
-        ]
-        if pairs:
-            torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+        send_back(outputs, gradients)
         return None, None, *(x.grad for x in inputs), *[None] * ctx.trained

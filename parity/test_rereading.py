@@ -182,3 +182,27 @@ def test_a_model_that_is_frozen_reads_all_the_same(make_config):
                 window.loss.backward()
         found.append(trained.grad)
     assert_near(found[1], array(found[0]), "gradient", GRADIENTS)
+
+
+def test_queues_that_come_to_be_of_one_length(make_config):
+    """Streams that stand at different places in a chunk, and are alike from its end on: what was
+    padding in the queue of one is no entry."""
+    config = make_config(
+        {}, {"chunk_size": 4, "compression_stride": 2, "temporary_memory_size": 12}
+    )
+    model = random_model(config, 0)
+    first, ids = torch.arange(3).expand(2, -1), torch.arange(14).expand(2, -1) % 7
+    before = model(first, lengths=[3, 2], logits="none").state.detach()
+    for n in range(3, 8):
+        state, found = before, []
+        for recompute in ("none", "chunks"):
+            out = model(
+                ids, labels=ids, state=state, chunk_sizes=[n, 2, 12 - n], recompute=recompute
+            )
+            model.zero_grad()
+            out.loss.backward()
+            found.append((out.loss, {name: p.grad for name, p in model.named_parameters()}))
+        assert torch.equal(found[0][0], found[1][0])
+        for name, gradient in found[0][1].items():
+            if gradient is not None:
+                assert_near(found[1][1][name], array(gradient), f"gradient of {name}", GRADIENTS)

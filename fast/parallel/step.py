@@ -25,6 +25,7 @@ from reference.config import CoMeTConfig
 from ..cells import Rotation, embed, open_row, run_layer
 from ..layers import Weights, causal_mask, take_slots
 from ..model import score_round
+from ..rereading import send_back
 from ..rows import Row
 from ..stream import place_row, rotations_at
 from .ring import GRADIENTS, MEMORIES, Ring
@@ -130,13 +131,7 @@ class _Call:
         if outputs is None:
             with torch.enable_grad():
                 outputs = self._function(*self._inputs)
-        pairs = [
-            (x, gradient)
-            for x, gradient in zip(outputs, gradients, strict=True)
-            if x is not None and gradient is not None and x.requires_grad
-        ]
-        if pairs:
-            torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+        send_back(outputs, gradients)
         found = [None if x is None else x.grad for x in self._inputs]
         self._inputs, self._kept = (), None
         return found
