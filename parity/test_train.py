@@ -1,11 +1,13 @@
 """The trainer: settings, data, resuming, sharing, and the curves that it tells."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 from fast import CoMeTConfig, CoMeTModel
 from fast.__main__ import TASKS, main
 from fast.inputs import IGNORE
+from fast.parallel import WorkerLostError
 from fast.pretrained.text import open_text
 from fast.tasks.chats import Labelled, encode_chat, pack, read_chats
 from fast.tasks.passkey_recipe import RECIPE
@@ -526,6 +529,63 @@ def test_processes_of_torchrun_train_the_same_model(document, tmp_path):
         assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
         for weight, p in models["one"].state_dict().items():
             assert_near(models[name].state_dict()[weight].numpy(), p.numpy(), weight, 1e-3)
+
+
+def test_a_process_that_is_killed_ends_the_run_which_goes_on(document, tmp_path):
+    """Where two share a text, by SIGKILL: no process is left, no checkpoint is torn."""
+    toml = tmp_path / "s.toml"
+    write_settings(
+        toml, "batch_size = 2\npipeline = 2\nsave_every = 1\n[[phases]]\nsteps = 8\nwarmup = 2"
+    )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "fast", "train", "text", "--settings", str(toml), "--text", str(document), "--out"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folders = [tmp_path / "whole", tmp_path / "cut"]
+    subprocess.run([*command, str(folders[0])], check=True, capture_output=True, env=environment)
+    start = subprocess.Popen(
+        [*command, str(folders[1])], stderr=subprocess.DEVNULL, env=environment
+    )
+    metrics = folders[1] / "metrics.jsonl"
+    while start.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
+        time.sleep(0.01)
+    workers = [pid for pid, parent in parents() if parent == start.pid]
+    os.kill(workers[-1], signal.SIGKILL)
+    assert start.wait(timeout=60) != 0
+    assert not set(workers) & {pid for pid, _ in parents()}, "a process that was left"
+    subprocess.run([*command, str(folders[1])], check=True, capture_output=True, env=environment)
+    one, other = (CoMeTModel.from_pretrained(folder / "model").state_dict() for folder in folders)
+    for name, p in one.items():
+        assert_near(other[name].numpy(), p.numpy(), name, 1e-6)
+
+
+def parents():
+    """Of each process its number and its parent's, those left out that have ended."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):
+                kind, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+                if kind != "Z":
+                    found.append((int(folder.name), int(parent)))
+    return found
+
+
+def test_a_lost_process_is_told_of_as_a_connection(document, monkeypatch):
+    """By the command, too, which says so in one sentence."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**place, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "1"}.items():
+        monkeypatch.setenv(name, str(value))
+    with (
+        pytest.raises(ConnectionError, match="worker 1 is gone"),
+        Processes.joined(settings(document)),
+    ):
+        raise WorkerLostError("worker 1 is gone")
+    assert not torch.distributed.is_initialized()
 
 
 def test_texts_that_cannot_be_shared_are_refused(document, tmp_path):
