@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Processes", "Task", "Trainer", "build_model", "trained_weights"]
 
+FREE = ("save_every", "keep", "evaluate_every", "recompute")
+"""Settings with which a run may go on otherwise than it began: they change no weight."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -251,10 +254,9 @@ class Trainer:
         )
 
     def _own(self) -> dict[str, Any]:
-        """What a run is known by, fit for JSON: how often it is saved or looked at is no part."""
+        """What a run is known by, fit for JSON."""
         settings = dataclasses.asdict(self.settings)
-        for name in ("save_every", "keep", "evaluate_every"):
-            settings.pop(name)
+        settings = {name: value for name, value in settings.items() if name not in FREE}
         known = {"config": self.model.config.to_dict(), "settings": settings}
         return json.loads(json.dumps(known))
 
@@ -268,6 +270,8 @@ class Trainer:
             raise ValueError(f"{path} is not of a trainer's run; give another folder.")
         with of_file(path):  # it may be from before a field of the config came
             run["config"] = CoMeTConfig.from_dict(run["config"]).to_dict()
+        for name in FREE:
+            run["settings"].pop(name, None)
         for name, value in self._own().items():
             if run[name] != value:
                 found = run[name]
