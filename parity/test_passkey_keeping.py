@@ -48,7 +48,7 @@ def task(**changes):
 def test_the_recipe_is_whole():
     settings = read_settings(RECIPE, model=str(passkey.SHIPPED))
     trained = KeepingKeys(settings, build_model(settings), Processes())
-    assert settings.steps == 6000
+    assert settings.steps == 4000
     assert [options.hinge for options in trained.phases] == [0.1, 0.3]
     with pytest.raises(ValueError, match="2 processes; this task is one process's"):
         KeepingKeys(settings, trained.model, Processes(group=0, number=2))
@@ -62,8 +62,9 @@ def test_borders_cut_distractors_and_a_key_comes_first():
     assert len(text) == 20 * 128
     assert text.startswith(b"\n" + passkey.INFORMATION.format(key=1234).encode())
     spans = [m.span() for m in SENTENCE.finditer(text)]
-    for border in range(256, 20 * 128, 128):
-        assert any(first < border < last for first, last in spans), border
+    cut = [any(first < at < last for first, last in spans) for at in range(256, 20 * 128, 128)]
+    assert np.mean(cut) > 0.7  # a long word before it may take a distractor's place
+    assert all(text[first - 1 : first] in b" \n" for first, _ in spans), "amid a word"
     numbers = [int(n) for n in re.findall(rb"is (\d+)\. Remember it", text)[1:]]
     assert len(numbers) > 10
     assert all(n % passkey.HELD_OUT for n in numbers)

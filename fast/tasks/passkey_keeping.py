@@ -41,6 +41,10 @@ RECIPE = Path(__file__).parent / "passkey_keeping.toml"
 """The settings of the stage."""
 
 
+NEAREST = tuple(name for name in passkey.DISTRACTOR_NAMES if {"key", "pass"} & set(name.split()))
+"""Names of distractors that share a word with the key's."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Of the task."""
@@ -131,19 +135,30 @@ class KeepingKeys(Task):
         key: int | None = None,
     ) -> bytes:
         """Prose with distractors that borders cut, and with a key at its start."""
-        size = self.model.config.memory.chunk_size
-        text = bytearray(b"".join(passkey.prose(
-            length, self.haystack, rng, float(rng.choice(options.spacings)), "train"
-        )))  # fmt: skip
+        size, spacing = self.model.config.memory.chunk_size, float(rng.choice(options.spacings))
+        text = bytearray()
+        if key is not None:
+            text += f"\n{passkey.INFORMATION.format(key=key)}\n".encode()
+
+        def fill(end: int) -> None:
+            """Go on to the word that ends there, or before."""
+            if end > len(text):
+                prose = passkey.prose(end - len(text), self.haystack, rng, spacing, "train")
+                piece = b"".join(prose)
+                text.extend(piece[max(piece.find(b" "), 0) : piece.rfind(b" ") + 1])
+
         for border in range(size, length, size):
             if rng.random() < options.cut:
                 said = _distractor(rng)
-                start = max(border - int(rng.integers(1, len(said))), 0)
-                text[start : start + len(said)] = said[: length - start]
-        if key is not None:
-            said = f"\n{passkey.INFORMATION.format(key=key)}\n".encode()
-            text[: len(said)] = said[:length]
-        return bytes(text)
+                start = border - int(rng.integers(1, len(said)))
+                fill(start)
+                if text and len(text) <= start:
+                    text += said
+        fill(length)
+        text += b"".join(
+            passkey.prose(max(length - len(text), 0), self.haystack, rng, 1e9, "train")
+        )
+        return bytes(text[:length])
 
     def _read(self, state: CoMeTState | None, texts: Sequence[bytes]) -> CoMeTState:
         """The state after texts of one length, its chunk closed."""
@@ -192,7 +207,7 @@ class KeepingKeys(Task):
         keys = [passkey.draw_number(rng, "train") for _ in range(self.settings.batch_size)]
         texts = []
         for key in keys:
-            said = passkey.INFORMATION.format(key=key).encode()
+            said = f"\n{passkey.INFORMATION.format(key=key)}\n".encode()
             text = bytearray(self._prose(3 * size, rng, options))
             start = size - int(rng.integers(1, len(said)))  # the first border is in the sentence
             if rng.random() < 0.5:
@@ -263,7 +278,9 @@ class KeepingKeys(Task):
 
 
 def _distractor(rng: np.random.Generator) -> bytes:
-    name = passkey.DISTRACTOR_NAMES[rng.integers(len(passkey.DISTRACTOR_NAMES))]
+    """One of all, or as often one of those that are nearest to the key."""
+    names = NEAREST if rng.random() < 0.5 else passkey.DISTRACTOR_NAMES
+    name = names[rng.integers(len(names))]
     number = passkey.draw_number(rng, "train")
     return passkey.DISTRACTOR.format(name=name, number=number).encode()
 
