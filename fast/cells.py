@@ -8,6 +8,7 @@ be compiled whole. `params`, `config` and the letters of shapes are as in `strea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from reference.config import CoMeTConfig
 from .global_memory import read_global, update_global
 from .layers import (
     Weights,
-    causal_mask,
     decoder_layer,
     look_up,
     project_memory,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 __all__ = [
+    "Layout",
     "embed",
     "open_row",
     "recompute",
@@ -43,6 +44,24 @@ __all__ = [
 
 Rotation = tuple[Tensor, Tensor]
 Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the layers of a round share. It depends on counts alone."""
+
+    rotations: tuple[Rotation, ...]
+    """`rotary_tables` of the new slots."""
+
+    mask: Tensor | None
+    """`causal_mask` of the new slots, where attention needs one."""
+
+    past: int | None = None
+    """Slots before them, where all follow one another: then no mask is needed."""
+
+    opening: tuple[Rotation, ...] = ()
+    """The tables of the memory slots, where rows start with this round."""
+
 
 Recompute = Callable[..., Any]
 """Called with a function and its arguments, as `torch.utils.checkpoint.checkpoint` is."""
@@ -79,7 +98,6 @@ def embed(text: Tensor, source: Tensor, params: Weights, config: CoMeTConfig) ->
 def open_row(
     global_state: Tensor | None,
     queue: Tensor | None,
-    slots: int,
     rotation: Rotation,
     config: CoMeTConfig,
     *,
@@ -89,8 +107,8 @@ def open_row(
 
     Args:
         global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
-        slots: of the longest row that starts. A sequence with fewer reads on over the rest.
-        rotation: (cos, sin) of positions 0 .. slots - 1.
+        rotation: (cos, sin) of positions 0 .. slots - 1, those of the longest row that starts. A
+            sequence with fewer reads on over the rest.
         weights: the layer's.
 
     Returns:
@@ -101,7 +119,7 @@ def open_row(
         parts.append(read_global(global_state, weights["global_memory"]))
     if queue is not None:
         parts.append(queue)
-    joined = torch.cat(parts, dim=1)[:, :slots]  # [b, slots, d]
+    joined = torch.cat(parts, dim=1)[:, : rotation[0].shape[1]]  # [b, slots, d]
     keys, values = project_memory(joined, rotation, weights, config.backbone)
     return keys.to(joined.dtype), values.to(joined.dtype)  # under autocast they are narrower
 
@@ -111,12 +129,14 @@ def run_layer(
     row: Row,
     rotation: Rotation,
     mask: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
     global_state: Tensor | None,
     queue: Tensor | None,
     config: CoMeTConfig,
     queried: Tensor | None = None,
+    opening: Rotation | None = None,
+    past: int | None = None,
     *,
     weights: Weights,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -126,16 +146,19 @@ def run_layer(
         hidden: [b, n, d], the new slots.
         row: their layout, on the device.
         rotation: (cos, sin) of their positions.
-        mask: their `causal_mask`.
-        keys, values: [b, k, p, e], the rows so far.
+        mask, past: of their `Layout`.
+        keys, values: [b, k, p, e], the rows so far; None where they start, with `open_row`.
         global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
         queried: `row.queried` at the top layer, else None.
+        opening: (cos, sin) of the memory slots of rows that start; None where they have none.
         weights: the layer's.
 
     Returns:
         hidden [b, n or a, d], keys and values [b, k, p + n, e], global state and queue.
     """
     memory = config.memory
+    if keys is None or values is None:
+        keys, values = _start_row(hidden, global_state, queue, opening, config, weights)
     hidden, keys, values = decoder_layer(
         hidden,
         keys,
@@ -146,6 +169,7 @@ def run_layer(
         config.backbone,
         queried=queried,
         mask=mask,
+        past=past,
     )
     c, m = row.compression.shape[1], row.readout.shape[1]
     if queue is not None and c:
@@ -167,10 +191,26 @@ def run_layer(
     return hidden, keys, values, global_state, queue
 
 
+def _start_row(
+    hidden: Tensor,
+    global_state: Tensor | None,
+    queue: Tensor | None,
+    rotation: Rotation | None,
+    config: CoMeTConfig,
+    weights: Weights,
+) -> tuple[Tensor, Tensor]:
+    """`open_row`, also of rows without memory slots."""
+    if rotation is None:
+        heads, e = config.backbone.num_key_value_heads, config.backbone.head_dim
+        none = hidden.new_zeros(len(hidden), heads, 0, e)
+        return none, none
+    return open_row(global_state, queue, rotation, config, weights=weights)
+
+
 def run_layers(
     text: Tensor,
     row: Row,
-    rotations: tuple[Rotation, ...],
+    layout: Layout,
     keys: Tensors,
     values: Tensors,
     global_state: Tensors,
@@ -179,49 +219,56 @@ def run_layers(
     config: CoMeTConfig,
     recorder: Recorder | None = None,
     recompute: Recompute | None = None,
+    *,
+    keeps_rows: bool = True,
 ) -> tuple[Tensor, Tensors, Tensors, Tensors, Tensors]:
     """A round's new slots up all layers.
 
     Args:
         text: [b, w] ids, the text tokens of the round; or [b, w, d], their embeddings.
         row: as in `run_layer`.
-        rotations: `rotary_tables` of its positions.
-        keys, values: per layer [b, k, p, e], the rows so far.
+        layout: of the round.
+        keys, values: per layer [b, k, p, e], the rows so far; empty where they start.
         global_state, queue: per layer, as in the state; empty where there is no such memory.
         recorder: what watches every layer, or None.
         recompute: how a cell is called so that its inside is computed again in the backward pass,
             or None.
+        keeps_rows: whether a row goes on after the round.
 
     Returns:
-        [b, w, d], see `Reading.hidden`; then keys, values, global state and queues after the round.
+        [b, w, d], see `Reading.hidden`; then keys and values, empty where no row goes on, global
+        state and queues after the round.
     """
     hidden = embed(text, row.source, params, config)  # [b, n, d]
-    mask = causal_mask(row.positions, keys[0].shape[2] + hidden.shape[1], hidden.dtype)
-    top = len(keys) - 1
+    top = len(params["layers"]) - 1
     cells = []
     for i, weights in enumerate(params["layers"]):
-        before, rotation = hidden, rotations[i in config.backbone.unrotated_layers]
+        before, unrotated = hidden, i in config.backbone.unrotated_layers
+        rotation = layout.rotations[unrotated]
         cell = weights if isinstance(weights, nn.Module) else partial(run_layer, weights=weights)
         cell = cell if recompute is None else partial(recompute, cell)
         hidden, *found = cell(
             before,
             row,
             rotation,
-            mask,
-            keys[i],
-            values[i],
+            layout.mask,
+            keys[i] if keys else None,
+            values[i] if values else None,
             global_state[i] if global_state else None,
             queue[i] if queue else None,
             config,
             row.queried if i == top else None,
+            layout.opening[unrotated] if layout.opening else None,
+            layout.past,
         )
         if recorder is not None:
             both = global_state[i] if global_state else None, found[2]
             recorder.layer(before, hidden, found[0], both, row, rotation, weights)
-        cells.append(found)
+        cells.append(found if keeps_rows else [None, None, *found[2:]])
     if row.queried is None:
         hidden = take_slots(hidden, row.text)
     else:  # text comes first there
         hidden = hidden[:, : hidden.shape[1] - row.compression.shape[1] - row.readout.shape[1]]
     all_keys, all_values, states, queues = zip(*cells, strict=True)
-    return hidden, all_keys, all_values, states if global_state else (), queues if queue else ()
+    rows = (all_keys, all_values) if keeps_rows else ((), ())
+    return hidden, *rows, states if global_state else (), queues if queue else ()

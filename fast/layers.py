@@ -18,6 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from reference.config import BackboneConfig
 
+from .attention import attend_after
+
 __all__ = [
     "adapter",
     "append_slots",
@@ -320,6 +322,7 @@ def attention(
     values: Tensor,
     positions: Tensor,
     mask: Tensor | None = None,
+    past: int | None = None,
 ) -> Tensor:
     """softmax(<Q, K> / sqrt(e)) V, a slot seeing every slot up to itself. Twin of
     `reference.layers.attention`.
@@ -329,10 +332,14 @@ def attention(
         keys, values: [b, k, l, e] of the whole row; h is a multiple of k.
         positions: [r, n], positions of the new slots; a key's index is its position.
         mask: their `causal_mask`, where the caller has it.
+        past: slots before the new ones, where these follow one another to the row's end; None asks
+            for a mask.
 
     Returns:
         [b, h, n, e].
     """
+    if past is not None:
+        return attend_after(queries, keys, values, past)
     if mask is None:
         mask = causal_mask(positions, keys.shape[2], queries.dtype)
     grouped = queries.shape[1] != keys.shape[1]
@@ -440,6 +447,7 @@ def decoder_layer(
     config: BackboneConfig,
     queried: Tensor | None = None,
     mask: Tensor | None = None,
+    past: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pre-norm decoder layer over new slots of a row. Twin of
     `reference.layers.decoder_layer`.
@@ -453,6 +461,7 @@ def decoder_layer(
         queried: [r, a] int64, the new slots that get a query, and so an output; None is all. The
             others give a key and a value, and nothing more of them is computed.
         mask: `causal_mask` of the new slots, where the caller has it.
+        past: see `attention`.
 
     Returns:
         hidden [b, n or a, d], keys and values [b, k, p + n, e] of the row with the new slots.
@@ -465,9 +474,9 @@ def decoder_layer(
         hidden, normed, positions, cos, sin = (
             take_slots(x, queried) for x in (hidden, normed, positions, *rotation)
         )
-        rotation, mask = (cos, sin), None  # the mask was of all new slots
+        rotation, mask, past = (cos, sin), None, None  # these were of all new slots
     queries = project_queries(normed, rotation, weights, config)
-    mixed = merge_heads(attention(queries, keys, values, positions, mask))
+    mixed = merge_heads(attention(queries, keys, values, positions, mask, past))
     hidden = hidden + linear(mixed, weights["o_proj"])
     normed = rms_norm(hidden, weights["post_attention_layernorm"], config.rms_norm_eps)
     return hidden + swiglu(normed, weights), keys, values

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig
 
-from .cells import Recompute, Rotation, Tensors, open_row, run_layers
+from .attention import needs_mask
+from .cells import Layout, Recompute, Rotation, Tensors, open_row, run_layers
 from .chunking import Round, plan_rounds
 from .compiling import untraced
-from .layers import Weights, put_slots, rotary_tables, take_slots
+from .layers import Weights, causal_mask, put_slots, rotary_tables, take_slots
 from .rereading import Rereader
 from .rows import Row, count_memory_slots, count_round, lay_out
 from .state import CoMeTState, fingerprint
@@ -37,6 +38,7 @@ __all__ = [
     "Reading",
     "close_chunk",
     "join",
+    "layout_of",
     "new_state",
     "open_chunk",
     "place_row",
@@ -44,6 +46,12 @@ __all__ = [
     "rotations_at",
     "run_row",
 ]
+
+LAYOUTS = 4
+"""Layouts that are kept while a text is read: while queues fill, each chunk has another."""
+
+Layouts = dict[tuple[Any, ...], tuple[Row, Row, Layout]]
+"""By what they depend on, if sequences are alike: rows on the host and on the device, and layouts."""
 
 
 def new_state(
@@ -145,7 +153,6 @@ def open_chunk(
         k, v = open_row(
             state.global_state[i] if state.global_state else None,
             state.temporary_memory[i] if state.temporary_memory else None,
-            slots,
             rotations[i in config.backbone.unrotated_layers],
             config,
             weights=weights,
@@ -208,6 +215,7 @@ def run_row(
     outputs: str = "all",
     recorder: Recorder | None = None,
     recompute: Recompute | None = None,
+    layouts: Layouts | None = None,
 ) -> Reading:
     """One round: new slots of every open row up the layers, the memories updated on the way.
 
@@ -217,48 +225,107 @@ def run_row(
     Args:
         text: [b, n + 1] ids of the whole call, or [b, n + 1, d] embeddings; the last column is what
             padding reads.
-        state: where the streams stand; rows with new slots have been opened.
+        state: where the streams stand. Rows start where new slots come to none.
         plan: what each sequence reads, and whether its chunk closes.
         outputs: text tokens whose output is asked for: "all", each sequence's "last", or "none".
             The top layer computes no others.
         recorder: what watches, or None.
         recompute: see `cells.run_layers`.
+        layouts: of rounds that were read before, to take one from, and to put this one's into.
 
     Returns:
         A `Reading`.
     """
-    laid_out, row = _lay_out(state, plan, config, text, outputs)
+    opens = (state.row_length == 0) & (plan.take > 0)
+    starts = bool(opens.all())
+    if starts:
+        slots = count_memory_slots(state, config.memory)
+        state = dataclasses.replace(state, row_length=slots)
+    elif opens.any():
+        begin = open_chunk if recompute is None else partial(recompute, open_chunk)
+        state = begin(state, params, config, opens)
+    laid_out, row, layout = _lay_out(
+        state, plan, params, config, outputs, text.shape[1] - 1, starts, layouts
+    )
     if recorder is not None:
         recorder.begin(state, plan, laid_out, config)
     queue = state.temporary_memory
     if laid_out.is_shared:
         queue = tuple(t[:, : int(state.queue_length[0])] for t in queue)
+    ends = bool(plan.close.all())
     hidden, keys, values, states, queue = run_layers(
         take_slots(text, row.columns),
         row,
-        rotations_at(laid_out.positions, params, config),
-        state.keys,
-        state.values,
+        layout,
+        () if starts else state.keys,
+        () if starts else state.values,
         state.global_state,
         queue,
         params,
         config,
         recorder,
         recompute,
+        keeps_rows=not ends,
     )
-    after = dataclasses.replace(
-        state, global_state=states, temporary_memory=queue, keys=keys, values=values
-    )
+    after = dataclasses.replace(state, global_state=states, temporary_memory=queue)
+    if not ends:
+        after = dataclasses.replace(after, keys=keys, values=values)
     return Reading(hidden, row, _count(after, plan, laid_out, config), bool(np.any(plan.cut)))
 
 
 @untraced()
 def _lay_out(
-    state: CoMeTState, plan: Round, config: CoMeTConfig, text: Tensor, outputs: str
-) -> tuple[Row, Row]:
-    """The round's layout, on the host and on the text's device."""
-    laid_out = lay_out(state, plan, config.memory, text.shape[1] - 1, outputs)
-    return laid_out, place_row(laid_out, text.device)
+    state: CoMeTState,
+    plan: Round,
+    params: Weights,
+    config: CoMeTConfig,
+    outputs: str,
+    num_columns: int,
+    starts: bool,
+    known: Layouts | None,
+) -> tuple[Row, Row, Layout]:
+    """The round's row, on the host and on the device, and its layout: what is known, or made.
+
+    Chunks of a steady stream have the same but for the columns that they read.
+    """
+    counts = plan.take, plan.close, state.open_tokens, state.row_length, state.queue_length
+    alike = all((x == x[0]).all() for x in (plan.start, *counts, state.chunks > 0))
+    key = starts, outputs, *(int(x[0]) for x in counts), bool(state.chunks[0])
+    found = known.get(key) if alike and known is not None else None
+    if found is None:
+        relative = dataclasses.replace(plan, start=0 * plan.start) if alike else plan
+        laid_out = lay_out(state, relative, config.memory, num_columns, outputs)
+        row, slots = place_row(laid_out, params["norm"].device), int(state.row_length.max())
+        layout = layout_of(laid_out, row, slots, params, config, starts=starts)
+        found = laid_out, row, layout
+        if alike and known is not None:
+            known[key] = found
+            if len(known) > LAYOUTS:
+                known.pop(next(iter(known)))
+    laid_out, row, layout = found
+    if alike:
+        row = dataclasses.replace(row, columns=row.columns + int(plan.start[0]))
+    return laid_out, row, layout
+
+
+def layout_of(
+    laid_out: Row, row: Row, slots: int, params: Weights, config: CoMeTConfig, *, starts: bool
+) -> Layout:
+    """What the layers of a round share.
+
+    Args:
+        laid_out, row: the round, on the host and on the device.
+        slots: of the longest row before it.
+        starts: whether these are memory slots, of rows that start with the round.
+    """
+    norm, new = params["norm"], row.source.shape[1]
+    masked = not laid_out.is_shared or needs_mask(norm.device.type, slots, new)
+    return Layout(
+        rotations_at(laid_out.positions, params, config),
+        causal_mask(row.positions, slots + new, norm.dtype) if masked else None,
+        None if masked else slots,
+        rotations_at(np.arange(slots)[None], params, config) if starts and slots else (),
+    )
 
 
 def place_row(laid_out: Row, device: torch.device) -> Row:
@@ -320,6 +387,7 @@ def read(
         lengths = np.full(len(ids), ids.shape[1])
     size = config.memory.chunk_size if roll else None
     text = F.pad(ids, (0, 0) * (ids.dim() - 2) + (0, 1))
+    layouts: Layouts = {}
     for plan in plan_rounds(
         lengths, state.open_tokens, size, chunk_sizes, state.chunks, backprop_chunks
     ):
@@ -332,6 +400,7 @@ def read(
             plan=plan,
             outputs=wanted,
             recompute=recompute,
+            layouts=layouts,
             finish=finish,
         )
         part = (
@@ -356,13 +425,10 @@ def _read_round(
     outputs: str,
     recorder: Recorder | None,
     recompute: Recompute | None,
+    layouts: Layouts,
     finish: Callable[[Reading], Reading] | None,
 ) -> Reading:
-    """`open_chunk` where new slots come to no row, `run_row`, and `finish`; arguments as in `read`."""
-    opens = (state.row_length == 0) & (plan.take > 0)
-    if opens.any():
-        begin = open_chunk if recompute is None else partial(recompute, open_chunk)
-        state = begin(state, params, config, opens)
+    """`run_row`, and `finish`; arguments are as in `read`."""
     part = run_row(
         text,
         state,
@@ -372,6 +438,7 @@ def _read_round(
         outputs=outputs,
         recorder=recorder,
         recompute=recompute,
+        layouts=layouts,
     )
     return part if finish is None else finish(part)
 

@@ -16,18 +16,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reference.config import CoMeTConfig
 
-from ..cells import Rotation, embed, open_row, run_layer
-from ..layers import Weights, causal_mask, take_slots
+from ..cells import Layout, embed, run_layer
+from ..layers import Weights, take_slots
 from ..model import score_round
 from ..rereading import send_back
 from ..rows import Row
-from ..stream import place_row, rotations_at
+from ..stream import layout_of, place_row
 from .ring import GRADIENTS, MEMORIES, Ring
 from .schedule import Chunk, deal
 
@@ -137,20 +136,6 @@ class _Call:
         return found
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What a chunk's layers share."""
-
-    rotations: tuple[Rotation, ...]
-    """`rotary_tables` of its slots."""
-
-    opening: tuple[Rotation, ...] | None
-    """The same of the memory slots; None where there are none."""
-
-    mask: Maybe
-    """`causal_mask` of its slots."""
-
-
 @dataclass
 class _Reading:
     """A chunk under way."""
@@ -159,8 +144,8 @@ class _Reading:
     row: Row
     """On the device."""
 
-    layout: _Layout
-    """What depends on positions alone."""
+    layout: Layout
+    """What its layers share."""
 
     embedded: _Call
     """What `hidden` came from."""
@@ -214,7 +199,7 @@ class Step:
         self.numbers = range(worker, len(blocks), workers)
         self.blocks = {number: blocks[number] for number in self.numbers}
         self.dtype, self.device = params["norm"].dtype, text.ids.device
-        self._layouts: dict[tuple[int, ...], _Layout] = {}
+        self._layouts: dict[tuple[int, ...], Layout] = {}
 
     def _note(self, kind: str, chunk: int, layer: int, start: float) -> None:
         """Tell of what has just been done."""
@@ -309,22 +294,17 @@ class Step:
         embedded = _Call(embedding)
         (hidden,) = embedded.forward()
         assert hidden is not None
-        layout = self._layout(chunk, row, hidden)
+        layout = self._layout(chunk, row)
         return _Reading(chunk, row, layout, embedded, hidden)
 
-    def _layout(self, chunk: Chunk, row: Row, hidden: Tensor) -> _Layout:
+    def _layout(self, chunk: Chunk, row: Row) -> Layout:
         """A chunk's layout. Once the queue is full, all chunks have the same: it is made once, and
         kept once.
         """
         key = chunk.slots, *chunk.row.positions.shape
         if key not in self._layouts:
-            opening = None
-            if chunk.slots:
-                opening = rotations_at(np.arange(chunk.slots)[None], self.params, self.config)
-            self._layouts[key] = _Layout(
-                rotations_at(chunk.row.positions, self.params, self.config),
-                opening,
-                causal_mask(row.positions, chunk.slots + hidden.shape[1], hidden.dtype),
+            self._layouts[key] = layout_of(
+                chunk.row, row, chunk.slots, self.params, self.config, starts=True
             )
         return self._layouts[key]
 
@@ -332,27 +312,22 @@ class Step:
         self, i: int, reading: _Reading, hidden: Tensor, state: Maybe, queue: Maybe
     ) -> tuple[Maybe, ...]:
         """Layer i of a chunk: its row opened, its slots run, its memories updated."""
-        weights, config, chunk = self.layers[i], self.config, reading.chunk
+        weights, config, layout = self.layers[i], self.config, reading.layout
         unrotated = i in config.backbone.unrotated_layers
-        layout = reading.layout
-        if layout.opening is None:
-            heads, e = config.backbone.num_key_value_heads, config.backbone.head_dim
-            keys = values = hidden.new_zeros(len(hidden), heads, 0, e)
-        else:
-            keys, values = open_row(
-                state, queue, chunk.slots, layout.opening[unrotated], config, weights=weights
-            )
         cell = weights if isinstance(weights, nn.Module) else partial(run_layer, weights=weights)
         hidden, _, _, state, queue = cell(
             hidden,
             reading.row,
             layout.rotations[unrotated],
             layout.mask,
-            keys,
-            values,
+            None,
+            None,
             state,
             queue,
             config,
+            None,
+            layout.opening[unrotated] if layout.opening else None,
+            layout.past,
         )
         return hidden, state, queue
 
