@@ -17,8 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 __all__ = ["JOINED", "attend_after", "needs_mask"]
 
 JOINED = 512
-"""New slots from which on two parts are faster than one with a mask: `python -m fast bench attention`
-measures it. Of fewer, the mask hides too little."""
+"""New slots from which on two parts are faster than one with a mask: `python -m fast bench --section
+attention` measures it. Of fewer, the mask hides too little."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

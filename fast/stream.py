@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .recorder import Recorder
 
 __all__ = [
+    "Layouts",
     "Reading",
     "close_chunk",
     "join",

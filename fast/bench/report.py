@@ -55,6 +55,7 @@ MEASURES: dict[str, Callable[..., Any]] = {
     "length": speed.measure_lengths,
     "decoding": speed.measure_decoding,
     "training": speed.measure_training,
+    "attention": speed.measure_attention,
     "graph": speed.measure_graph,
     "memory": speed.measure_memory,
     "device": devices.measure_device,
@@ -62,6 +63,9 @@ MEASURES: dict[str, Callable[..., Any]] = {
 
 CPU_SECTIONS = tuple(name for name in MEASURES if name != "device")
 """Those of PyTorch alone."""
+
+ATTENTION = (128, 256, 384, 512, 768, 1024, 2560)
+"""Slots of which attention is measured."""
 
 JOBS = (
     *(
@@ -83,6 +87,10 @@ JOBS = (
     Job("length", Case("135M", "512/64/256", rounds=2), ([512, 1024, 2048, 4096],)),
     Job("decoding", Case("small", "128/8/16", rounds=5), ([1024, 4096, 16384], 64)),
     Job("decoding", Case("135M", "512/64/256", rounds=3), ([1024, 4096], 16)),
+    *(
+        Job("attention", Case(backbone, "2048/512/2048", rounds=15), (ATTENTION,))
+        for backbone in ("small", "135M")
+    ),
     Job("training", Case("small", "128/8/16", batch_size=8), (4,)),
     Job("training", Case("5M", "256/32/128"), (4,)),
     *(
@@ -102,6 +110,7 @@ QUICK = (
     Job("prefill", Case("135M", "512/64/256", rounds=3), (1,)),
     Job("length", Case("small", "128/8/16", rounds=3), ([1024, 4096],)),
     Job("decoding", Case("small", "128/8/16", rounds=3), ([1024, 4096], 32)),
+    Job("attention", Case("small", "128/8/16", rounds=3), ((128, 512),)),
     Job("training", Case("small", "128/8/16", rounds=3), (2,)),
     *(Job("graph", Case("small", "128/8/16"), (chunks, "chunks")) for chunks in (8, 64)),
     *(Job("memory", Case("small", "128/8/16"), (length,)) for length in (10_000, 100_000)),
@@ -306,6 +315,20 @@ def _training(results: Sequence[dict[str, Any]]) -> str:
     return _table("model | chunk/m/B | ours, tokens/s | literal, tokens/s | faster by", rows)
 
 
+def _attention(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        for size, seconds in zip(r["more"][0], r["result"], strict=True):
+            masked, joined = (Timed(seconds).median(name) for name in ("masked", "joined"))
+            rows.append(
+                f"{r['case']['backbone']} | {size:,} | {masked * 1e3:,.2f} | {joined * 1e3:,.2f} | "
+                f"{masked / joined:.2f}"
+            )
+    return _table(
+        "model | slots before, and new ones | with a mask, ms | in two parts, ms | faster by", rows
+    )
+
+
 def _graph(results: Sequence[dict[str, Any]]) -> str:
     """Each text's memory and time; beside the first as long, of which all is kept, in brackets."""
     whole = {r["more"][0]: r["result"] for r in results if r["more"][1] == "all"}
@@ -389,6 +412,7 @@ TABLES = {
     "length": _lengths,
     "decoding": _decoding,
     "training": _training,
+    "attention": _attention,
     "graph": _graph,
     "memory": _memory,
     "device": _device,

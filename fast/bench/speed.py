@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 
+from ..attention import attend_after
 from ..chunking import Round
-from ..layers import Weights
+from ..layers import Weights, attention, causal_mask
 from ..machine import keep_memory, peak_memory
 from ..model import CoMeTModel
 from ..state import CoMeTState
-from ..stream import new_state, open_chunk, run_row
+from ..stream import Layouts, new_state, run_row
 from .literal import read_literal
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "chunk_work",
     "in_its_own_process",
     "matmul_peak",
+    "measure_attention",
     "measure_decoding",
     "measure_graph",
     "measure_lengths",
@@ -258,9 +261,17 @@ def _read_chunks(
     """Read whole chunks, each closed: [b, w, d] of the last one, see `run_row`."""
     b, size = len(ids), config.memory.chunk_size
     plan = Round(np.zeros(b, np.int64), np.full(b, size), np.ones(b, dtype=bool))
+    layouts: Layouts = {}
     for text in ids.split(size, dim=1):
-        state = open_chunk(state, params, config)
-        part = run_row(F.pad(text, (0, 1)), state, params, config, plan=plan, outputs=outputs)
+        part = run_row(
+            F.pad(text, (0, 1)),
+            state,
+            params,
+            config,
+            plan=plan,
+            outputs=outputs,
+            layouts=layouts,
+        )
         state = part.state
     return part.hidden
 
@@ -391,6 +402,28 @@ def measure_training(case: Case, chunks: int) -> dict[str, list[float]]:
         "literal": train(lambda: read_literal(ids, model.weights, config, state, True)),
     }
     return take_turns(contestants, case.rounds).seconds
+
+
+def measure_attention(case: Case, sizes: Sequence[int]) -> list[dict[str, list[float]]]:
+    """One layer's attention of new slots after as many others: with a mask, and in two parts.
+
+    Returns:
+        Of each size, seconds of "masked" and "joined".
+    """
+    backbone, found = case.config.backbone, []
+    for size in sizes:
+        queries = torch.randn(1, backbone.num_attention_heads, size, backbone.head_dim)
+        shape = (1, backbone.num_key_value_heads, 2 * size, backbone.head_dim)
+        row = queries, torch.randn(shape), torch.randn(shape)
+        positions = torch.arange(size, 2 * size)[None]
+        mask = causal_mask(positions, 2 * size, torch.float32)
+        contestants = {
+            "masked": partial(attention, *row, positions, mask),
+            "joined": partial(attend_after, *row, size),
+        }
+        with torch.no_grad():
+            found.append(take_turns(contestants, case.rounds).seconds)
+    return found
 
 
 def measure_graph(case: Case, chunks: int, kept: str) -> dict[str, float]:
