@@ -187,7 +187,9 @@ def run_layer(
             readout = hidden[:, queried.shape[1] - m :]
         net = weights["global_memory"]
         new = update_global(global_state, readout, net, memory, row.has_state)
-        global_state = torch.where(row.closes[..., None] > 0, new, global_state)
+        if row.closes.shape[0] > 1:  # else all have readout tokens
+            new = torch.where(row.closes[..., None] > 0, new, global_state)
+        global_state = new
     return hidden, keys, values, global_state, queue
 
 

@@ -73,7 +73,8 @@ def update_global(
     g = gate(candidate, state, weights, config.gate_saturation)
     if has_state is not None:
         g = g * has_state[..., None]
-    return g * state + (1 - g) * candidate
+    candidate, g = candidate.to(state.dtype), g.to(state.dtype)  # under autocast g is narrower
+    return torch.lerp(candidate, state, g)  # exactly one of them where g is 0 or 1
 
 
 def read_global(state: Tensor, weights: Weights) -> Tensor:

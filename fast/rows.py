@@ -81,7 +81,8 @@ class Row:
     """[r, 1]: entries in the queue before the round."""
 
     has_state: Index
-    """[r, 1]: 1 where a chunk has closed before, so that there is a global state; else 0."""
+    """[r, 1]: 1 where a chunk has closed before, so that there is a global state; else 0. On a
+    device, None where all have one."""
 
     closes: Index
     """[r, 1]: 1 where the chunk closes, else 0."""

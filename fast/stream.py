@@ -331,6 +331,8 @@ def layout_of(
 
 def place_row(laid_out: Row, device: torch.device) -> Row:
     """A row that was laid out on the host, on a device."""
+    if (laid_out.has_state > 0).all():
+        laid_out = dataclasses.replace(laid_out, has_state=None)
     return laid_out.map(lambda x, widths: torch.from_numpy(x).to(device).split(widths, dim=1))
 
 
