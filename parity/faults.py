@@ -9,8 +9,8 @@ FAULTS = {
     ),
     "g and 1 - g swapped": (
         "global_memory.py",
-        "g * state + (1 - g) * candidate",
-        "(1 - g) * state + g * candidate",
+        "torch.lerp(candidate, state, g)",
+        "torch.lerp(state, candidate, g)",
         "test_global_memory::test_update_global",
     ),
     "the candidate's norm left out": (
@@ -135,8 +135,9 @@ FAULTS = {
     ),
     "a mask of all slots for the few asked for": (
         "layers.py",
-        "rotation, mask = (cos, sin), None",
-        "rotation, mask = (cos, sin), None if mask is None else mask[..., : queried.shape[1], :]",
+        "rotation, mask, past = (cos, sin), None, None",
+        "rotation, past = (cos, sin), None\n"
+        "        mask = None if mask is None else mask[..., : queried.shape[1], :]",
         "test_splitting::test_asking_for_fewer_outputs_changes_nothing_else",
     ),
     "the row's indices left on the host": (
@@ -183,8 +184,8 @@ FAULTS = {
     ),
     "every layer rotated": (
         "cells.py",
-        "rotations[i in config.backbone.unrotated_layers]",
-        "rotations[0]",
+        "rotation = layout.rotations[unrotated]",
+        "rotation = layout.rotations[0]",
         "test_model::test_logits",
     ),
     "a field's old meaning told in the fingerprint": (
@@ -213,8 +214,8 @@ FAULTS = {
     ),
     "memory slots at positions of their own": (
         "stream.py",
-        "rotations_at(np.arange(slots)[None]",
-        "rotations_at(np.zeros((1, slots), dtype=np.int64)",
+        "rotations_at(np.arange(slots)[None], params, config) if starts",
+        "rotations_at(np.zeros((1, slots), dtype=np.int64), params, config) if starts",
         "test_stream::test_open_chunk",
     ),
     "the output before the last one given for the last": (
@@ -225,8 +226,8 @@ FAULTS = {
     ),
     "the slots asked for keep the first one's rotation": (
         "layers.py",
-        "rotation, mask = (cos, sin), None",
-        "rotation, mask = (cos[..., :1, :], sin[..., :1, :]), None",
+        "rotation, mask, past = (cos, sin), None, None",
+        "rotation, mask, past = (cos[..., :1, :], sin[..., :1, :]), None, None",
         "test_splitting::test_asking_for_fewer_outputs_changes_nothing_else",
     ),
     "no rotation in half types": (
@@ -249,8 +250,8 @@ FAULTS = {
     ),
     "temporary memory before global memory": (
         "cells.py",
-        "joined = torch.cat(parts, dim=1)[:, :slots]",
-        "joined = torch.cat(parts[::-1], dim=1)[:, :slots]",
+        "joined = torch.cat(parts, dim=1)[:, :",
+        "joined = torch.cat(parts[::-1], dim=1)[:, :",
         "test_stream::test_open_chunk",
     ),
     "the first chunk gated": (
@@ -327,8 +328,8 @@ FAULTS = {
     ),
     "no gradient into the old state": (
         "global_memory.py",
-        "g * state + (1 - g) * candidate",
-        "g * state.detach() + (1 - g) * candidate",
+        "torch.lerp(candidate, state, g)",
+        "torch.lerp(candidate, state.detach(), g)",
         "test_gradients::test_gradients_along_random_directions",
     ),
     "decoding that never opens a chunk": (
@@ -630,6 +631,30 @@ FAULTS = {
         "ctx.set_materialize_grads(False)",
         "ctx.set_materialize_grads(True)",
         "test_rereading::test_an_output_that_nothing_is_made_of_has_no_gradient",
+    ),
+    "the layout of another round": (
+        "stream.py",
+        "key = starts, outputs, *(int(x[0]) for x in counts), bool(state.chunks[0])",
+        "key = starts, outputs, *(int(x[0]) for x in counts[:3])",
+        "test_stream::test_what_read_yields_is_the_top_layer_s_output",
+    ),
+    "columns of the first chunk read by all": (
+        "stream.py",
+        "columns=row.columns + int(plan.start[0])",
+        "columns=row.columns",
+        "test_model::test_logits",
+    ),
+    "two parts of attention weighed the wrong way round": (
+        "attention.py",
+        "torch.sigmoid(own[1] - before[1])",
+        "torch.sigmoid(before[1] - own[1])",
+        "test_attention::test_attention_without_a_mask_is_the_reference_s",
+    ),
+    "a gradient of attention by one part's own sum": (
+        "attention.py",
+        "torch.logaddexp(before, own)",
+        "own",
+        "test_attention::test_its_gradients_are_those_of_attention_with_a_mask",
     ),
     "weights left out of what autograd knows of a chunk": (
         "rereading.py",
