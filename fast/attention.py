@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 __all__ = ["JOINED", "attend_after", "needs_mask"]
 
@@ -52,6 +51,8 @@ def attend_after(queries: Tensor, keys: Tensor, values: Tensor, past: int) -> Te
             queries, keys, values, is_causal=n > 1, enable_gqa=grouped
         )
     if queries.device.type != "cpu":
+        from torch.nn.attention.bias import causal_lower_right  # which brings the compiler
+
         bias = causal_lower_right(n, past + n)
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, enable_gqa=grouped
