@@ -28,7 +28,7 @@ from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 from ..attention import attend_after
 from ..chunking import Round
 from ..layers import Weights, attention, causal_mask
-from ..machine import keep_memory, peak_memory
+from ..machine import keep_memory, peak_memory, resident_memory
 from ..model import CoMeTModel
 from ..state import CoMeTState
 from ..stream import Layouts, new_state, run_row
@@ -446,9 +446,9 @@ def measure_graph(case: Case, chunks: int, kept: str) -> dict[str, float]:
         for part in model.windows(ids, ids, backprop_chunks=window, recompute=again):
             part.loss.backward()
 
-    with torch.no_grad():
-        model(torch.zeros((1, 2), dtype=torch.int64))  # what the library takes at its first call
-    before, begun = peak_memory(), time.perf_counter()
+    train(2)  # what the library takes at its first call is no part of a step
+    gradients = sum(p.nbytes for p in model.parameters())
+    before, begun = resident_memory() - gradients, time.perf_counter()
     train(chunks * config.memory.chunk_size)
     return {"peak": peak_memory() - before, "seconds": time.perf_counter() - begun}
 
