@@ -65,7 +65,7 @@ class Setting:
     rounds: int = 5
     """How often each contestant is timed."""
 
-    chunks: tuple[int, ...] = (2, 4, 16)
+    chunks: tuple[int, ...] = (2, 4, 16, 32)
     """Lengths of the texts."""
 
     blocks: tuple[int, ...] = (1, 2)
