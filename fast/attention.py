@@ -38,12 +38,15 @@ def attend_after(queries: Tensor, keys: Tensor, values: Tensor, past: int) -> Te
     """softmax(<Q, K> / sqrt(e)) V, where query i sees the keys up to `past` + i, without a mask.
 
     Args:
-        queries: [b, h, n, e].
-        keys, values: [b, k, past + n, e]; h is a multiple of k.
+        queries: [b, h, n, e], of any floating dtype.
+        keys, values: [b, k, past + n, e]; h is a multiple of k. Of the queries' dtype or wider.
         past: keys that every query sees.
 
     Returns:
-        [b, h, n, e].
+        [b, h, n, e], of the queries' dtype.
+
+    Source: sums of exponentials that are joined by their maxima are those of online softmax (arXiv
+    1805.02867).
     """
     n, grouped = queries.shape[2], queries.shape[1] != keys.shape[1]
     if n < 2 or not past:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -404,7 +405,7 @@ class CoMeTModel(nn.Module):
         outputs = logits
         if targets is not None:
             outputs = "all"
-            options["finish"] = self._scores(targets, recompute, keeps=logits != "none")
+            options["finish"] = partial(self._score, targets, recompute, logits != "none")
 
         parts: list[Reading] = []
         last: Tensor | None = None
@@ -472,7 +473,7 @@ class CoMeTModel(nn.Module):
             ids, labels, lengths, state, chunk_sizes, backprop_chunks, recompute
         )
         assert targets is not None  # there are labels
-        options["finish"] = self._scores(targets, recompute, keeps=False)
+        options["finish"] = partial(self._score, targets, recompute, False)
         return self._windows(ids, state, targets, options)
 
     def _windows(
@@ -533,19 +534,14 @@ class CoMeTModel(nn.Module):
         }
         return ids, for_gradients(state), targets, options
 
-    def _scores(
-        self, targets: Tensor, recompute: str, *, keeps: bool
-    ) -> Callable[[Reading], Reading]:
-        """What scores the rounds of a call, and keeps their top outputs or not."""
-        params, config, again = self.weights, self.config, RECOMPUTE[recompute]
-
-        @untraced()
-        def score(part: Reading) -> Reading:
-            nats, count = score_round(part.hidden, part.row, targets, params, config, again)
-            hidden = part.hidden if keeps else part.hidden[:, :0]
-            return dataclasses.replace(part, hidden=hidden, nats=nats, num_labels=count)
-
-        return score
+    @untraced()
+    def _score(self, targets: Tensor, recompute: str, keeps: bool, part: Reading) -> Reading:
+        """A round with its score, and with its top outputs or none."""
+        nats, count = score_round(
+            *(part.hidden, part.row, targets, self.weights, self.config), RECOMPUTE[recompute]
+        )
+        hidden = part.hidden if keeps else part.hidden[:, :0]
+        return dataclasses.replace(part, hidden=hidden, nats=nats, num_labels=count)
 
     @untraced(recursive=False)
     def generate(

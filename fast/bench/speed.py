@@ -435,7 +435,7 @@ def measure_graph(case: Case, chunks: int, kept: str) -> dict[str, float]:
             "chunks"; or "windows", two chunks at a time, with the gradient cut between them.
 
     Returns:
-        "peak", bytes above what the model takes, its gradients among them; "seconds".
+        "peak", bytes above what the model itself takes, gradients included; "seconds".
     """
     model, config = CoMeTModel(case.config), case.config
 

@@ -14,10 +14,8 @@ the trained model in chunks by themselves.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +26,15 @@ from torch import Tensor
 
 from reference.config import CoMeTConfig, MemoryConfig
 
-from ..checkpoints import load_checkpoint, read_json
+from ..checkpoints import load_checkpoint
 from ..drawing import COLOURS, save_figure, style
-from ..files import atomic_write
 from ..inputs import check_count
 from ..machine import machine, threads
 from ..model import CoMeTModel
 from ..pretrained.memories import load_memories
 from ..pretrained.text import open_text
 from .memories import KeyText, hide_key, read_tokens, split_tokens
+from .results import load_results, save_results
 
 __all__ = [
     "Measured",
@@ -287,29 +285,12 @@ def table(results: Sequence[Measured], setting: Setting) -> str:
 
 def save(results: Sequence[Measured], setting: Setting, path: Path) -> None:
     """Write results, the setting, and the machine, as JSON."""
-    data = {
-        "machine": machine(threads()),
-        "setting": asdict(setting),
-        "results": [dataclasses.asdict(r) for r in results],
-    }
-    atomic_write(path, json.dumps(data, indent=1) + "\n")
+    save_results(path, machine(threads()), setting, results)
 
 
 def load(path: Path) -> tuple[list[Measured], Setting]:
-    """Results and their setting, as `save` wrote them.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not JSON, or holds something else.
-    """
-    data = read_json(path)
-    try:
-        setting: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in data["setting"].items()
-        }
-        return [Measured(**result) for result in data["results"]], Setting(**setting)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not hold results ({error}); measure again.") from error
+    """Results and their setting, as `save` wrote them; errors are those of `load_results`."""
+    return load_results(path, Measured, Setting)
 
 
 LOOKS = {

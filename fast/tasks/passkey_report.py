@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ import torch
 
 from reference.parameters import named_parameters, shapes
 
-from ..checkpoints import load_checkpoint, read_json
+from ..checkpoints import load_checkpoint
 from ..cupy_engine.libraries import import_library
 from ..drawing import COLOURS, save_figure, style
-from ..files import atomic_write, check_writable
+from ..files import check_writable
 from ..machine import keep_memory, machine, peak_memory
 from . import passkey
+from .results import load_results, save_results
 
 __all__ = [
     "Measured",
@@ -291,26 +291,12 @@ def table(results: Sequence[Measured], variant: str) -> str:
 
 def save(results: Sequence[Measured], setting: Setting, path: Path) -> None:
     """Write results, the setting, and the machine, as JSON."""
-    data = {
-        "machine": footer(setting),
-        "setting": asdict(setting),
-        "results": [asdict(r) for r in results],
-    }
-    atomic_write(path, json.dumps(data, indent=1) + "\n")
+    save_results(path, footer(setting), setting, results)
 
 
 def load(path: Path) -> tuple[list[Measured], Setting]:
-    """Results and their setting, as `save` wrote them.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not JSON, or holds something else.
-    """
-    data = read_json(path)
-    try:
-        return [Measured(**result) for result in data["results"]], Setting(**data["setting"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not hold results ({error}); measure again.") from error
+    """Results and their setting, as `save` wrote them; errors are those of `load_results`."""
+    return load_results(path, Measured, Setting)
 
 
 def collect(lengths: Sequence[int], setting: Setting, path: Path | None) -> list[Measured]:
