@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from fast import IGNORE, CoMeTModel
 from fast.parallel import Pipeline, WorkerLostError, init_pipeline_mesh
+from fast.parallel.ring import Ring
 from fast.parallel.schedule import deal, plan_chunks
 from reference.parameters import named_parameters
 
@@ -448,6 +450,25 @@ def test_a_worker_that_never_comes_is_given_up_in_time(make_config):
             assert isinstance(error, WorkerLostError), f"process {rank}: {error!r}"
             assert str(error).startswith("process 1 did not answer"), str(error)
             assert "a meeting with the others" in str(error)
+    finally:
+        group.close()
+
+
+def part(rank, say):
+    ring = Ring(mesh_of((2, 1)), 60.0)
+    ring.add([torch.ones(3)])
+    groups = [weakref.ref(group) for group in (ring._pipeline, *ring._wires.values())]
+    say(len(groups))
+    ring._leave()
+    return [group() for group in groups]
+
+
+def test_a_program_that_ends_first_ends_its_wires():
+    """Their threads would abort a process that ends while they let go of a tensor."""
+    group = Group(2, part, 60.0)
+    try:
+        answers = group.answers(60.0, [0, 1])
+        assert [found for found, _ in answers.values()] == [[None] * 5] * 2
     finally:
         group.close()
 

@@ -8,6 +8,7 @@ the backend, and none waits for one of another wire.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import threading
@@ -213,6 +214,17 @@ class Ring:
                     self._wires[kind, *way] = wire
         self._sent: deque[list[tuple[Any, Tensor, int]]] = deque([[]])
         self._own: dict[str, deque[Tensor]] = {MEMORIES: deque(), GRADIENTS: deque()}
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """End the process group and the wires, whose threads end with them. A thread that lets go of
+        a tensor when the interpreter is already ending aborts the process.
+        """
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._pipeline = self._data = None
+        self._wires.clear()
+        self._sent.clear()
 
     def _groups(self, many: list[list[int]]) -> Any:
         """Make process groups; this process's own, or None where it is alone or in none."""
@@ -347,12 +359,11 @@ class Ring:
     def _tell(self, worker: int | None, what: str, seconds: float, reason: str) -> str:
         """What has happened, in a sentence, once it is asked for who was lost first."""
         rank = None if worker is None else self.workers[worker]
-        first = self._first_lost(rank)
+        is_late = re.search("timed? ?out", reason, re.IGNORECASE) is not None
+        first, has_ended = self._first_lost(rank, is_late)
         if first:
-            timed_out = re.search("timed? ?out", reason, re.IGNORECASE)
-            is_silent = timed_out and (rank is None or first == [rank])
             names = ", ".join(map(str, first))
-            lost = f"process {names} {'did not answer' if is_silent else 'was lost'}"
+            lost = f"process {names} {'was lost' if has_ended else 'did not answer'}"
         elif rank is not None:
             lost = f"process {rank} was lost, or the one that keeps the store (it does not answer)"
         else:
@@ -364,52 +375,66 @@ class Ring:
             "steps: end all, and start them again from the last checkpoint."
         )
 
-    def _first_lost(self, rank: int | None) -> list[int]:
+    def _first_lost(self, rank: int | None, is_late: bool) -> tuple[list[int], bool]:
         """The process that was lost first, or those that may be; from now on the store knows.
 
         Where a worker ends because it lost another, those beside it lose it in turn: the first one
-        to say so is right. A sum fails without a name. Then who stands beside the lost one says it;
-        or if none has ended, it is one that does not say that it is here.
+        to say so is right. A sum fails without a name: who stands beside the lost one says it. And
+        what does not come in time may be waited for itself. Then, if none has ended, it is one that
+        does not say that it is here.
 
         Args:
             rank: the process that this one takes for lost, or None.
+            is_late: it may be there, and did not answer in time.
+
+        Returns:
+            The processes; whether they have ended, as far as is known.
         """
-        found: list[int] = []
+        found: list[tuple[list[int], bool]] = []
         end = time.monotonic() + GRACE / 2
 
+        def agree(store: Any, ranks: list[int], has_ended: bool) -> None:
+            """Tell the others, unless one of them was first: then it is right."""
+            words = ["lost" if has_ended else "late", *map(str, ranks)]
+            first, *names = store.compare_set(KEY, "", " ".join(words)).decode().split()
+            found.append(([int(name) for name in names], first == "lost"))
+
         def ask() -> None:
-            store, known = dist.distributed_c10d._get_default_store(), rank
+            store, known = dist.distributed_c10d._get_default_store(), None if is_late else rank
             store.set(f"{KEY}/{dist.get_rank()}", "is here")
             while not found and time.monotonic() < end:
-                known = self._broken() if known is None else known
-                if known is not None:
-                    found.append(int(store.compare_set(KEY, "", str(known))))
-                elif store.check([KEY]):
-                    found.append(int(store.get(KEY)))
+                known = self._broken(but=rank) if known is None else known
+                if known is not None or store.check([KEY]):
+                    agree(store, [] if known is None else [known], True)
                 time.sleep(0.02)
             if not found:
                 others = range(dist.get_world_size())
-                found.extend(r for r in others if not store.check([f"{KEY}/{r}"]))
+                silent = [r for r in others if not store.check([f"{KEY}/{r}"])]
+                if not silent and rank is not None:
+                    silent = [rank]
+                if silent:
+                    agree(store, silent, not is_late)
 
         def try_to() -> None:
             try:
                 ask()
             except (RuntimeError, ValueError):  # the process that kept the store is gone too
-                known = self._broken() if rank is None else None
-                found.extend([] if known is None else [known])
+                known = self._broken(but=rank) if is_late or rank is None else None
+                found.extend([] if known is None else [([known], True)])
 
         # Beside this thread, since a store whose keeper has stopped would be waited for without end.
         asking = threading.Thread(target=try_to, daemon=True)
         asking.start()
         asking.join(GRACE)
-        return found
+        return found[0] if found else ([], True)
 
-    def _broken(self) -> int | None:
+    def _broken(self, but: int | None) -> int | None:
         """The process at the other end of a wire that is broken, if one is: gloo knows, and says so
-        when a message is asked for, here one that nobody sends.
+        when a message is asked for, here one that nobody sends. It breaks wires itself on which
+        something was waited for too long, as those of `but` may have been.
         """
         for (_, here, there), wire in self._wires.items():
-            if there == self.worker:
+            if there == self.worker and self.workers[here] != but:
                 nothing = torch.empty(1, device=self._device())
                 try:
                     probe = dist.irecv(nothing, self.workers[here], group=wire, tag=PROBE)
