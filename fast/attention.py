@@ -49,9 +49,11 @@ def attend_after(queries: Tensor, keys: Tensor, values: Tensor, past: int) -> Te
     1805.02867).
     """
     n, grouped = queries.shape[2], queries.shape[1] != keys.shape[1]
-    if n < 2 or not past:
+    if n < 2:
+        return F.scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped)
+    if not past:
         return F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=n > 1, enable_gqa=grouped
+            queries, keys, values, is_causal=True, enable_gqa=grouped
         )
     if queries.device.type != "cpu":
         from torch.nn.attention.bias import causal_lower_right  # which brings the compiler
@@ -71,8 +73,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and both parts' logarithms of sums [b, h, n]."""
     before, own = (
-        _flash(queries, keys[:, :, start:end], values[:, :, start:end], is_causal=start > 0)
-        for start, end in ((0, past), (past, keys.shape[2]))
+        _flash(queries, keys[:, :, start:end], values[:, :, start:end], is_causal=is_own)
+        for start, end, is_own in ((0, past, False), (past, keys.shape[2], True))
     )
     share = torch.sigmoid(own[1] - before[1])[..., None]
     joined = torch.lerp(before[0].to(share.dtype), own[0].to(share.dtype), share)
@@ -95,9 +97,9 @@ class _Joined(torch.autograd.Function):
         (of_queries, *before), (again, *own) = (
             _flash_backward(
                 *(gradient, queries, keys[:, :, start:end], values[:, :, start:end]),
-                *(joined, sums, 0.0, start > 0),
+                *(joined, sums, 0.0, is_own),
             )
-            for start, end in ((0, ctx.past), (ctx.past, keys.shape[2]))
+            for start, end, is_own in ((0, ctx.past, False), (ctx.past, keys.shape[2], True))
         )
         of_keys, of_values = (torch.cat(pair, dim=2) for pair in zip(before, own, strict=True))
         return of_queries + again, of_keys, of_values, None

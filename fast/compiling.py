@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -11,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["untraced"]
+__all__ = ["replace", "untraced"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,12 +36,28 @@ def untraced(*, recursive: bool = True) -> Callable[[F], F]:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if not found and "torch._dynamo" in sys.modules:
-                found.append(torch.compiler.disable(function, recursive, reason=REASON))
+                for one in _WAITING:  # all at once: frames like this one are traced until then
+                    one()
+                _WAITING.clear()
             return (found[0] if found else function)(*args, **kwargs)
+
+        def leave_out() -> None:
+            found.append(torch.compiler.disable(function, recursive, reason=REASON))
+            torch._dynamo.decorators.skip(call)
 
         # The compiler keeps its records, and counts, by a function's code: each its own.
         own = cast(Any, call)
         own.__code__ = own.__code__.replace(co_name=function.__name__)
+        _WAITING.append(leave_out)
         return own
 
     return decorate
+
+
+_WAITING: list[Callable[[], None]] = []
+"""What is to be done once the compiler is loaded."""
+
+replace = untraced()(dataclasses.replace)
+"""`dataclasses.replace`, of what holds counts and tensors: tracing it gains nothing, and the compiler
+fails at NumPy's counts in inference mode.
+"""

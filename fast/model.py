@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from reference.config import CoMeTConfig, MemoryConfig
 from reference.parameters import map_parameters, shapes
 
 from .arrays import FLOATS, dtype_name, shown, to_host
-from .cells import Recompute, recompute
+from .cells import Recompute, recompute, run_layers
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .compiling import untraced
 from .inputs import (
@@ -63,6 +64,10 @@ __all__ = [
 
 SCORED = 256
 """Tokens whose logits are held at once, where they are computed again in the backward pass."""
+
+KINDS = 64
+"""Kinds of rounds that are compiled, at most: they differ in what starts, ends and is asked for, and in
+whether there are gradients."""
 
 RECOMPUTE: dict[str, Recompute | None] = {
     "none": None,
@@ -297,6 +302,8 @@ class CoMeTModel(nn.Module):
             self.weights = ParameterTree(weights)
             self.to(device=device, dtype=dtype)
 
+    _layers: Callable[..., Any] = staticmethod(run_layers)
+
     framework = "pt"
     """Whose tensors files are read as."""
 
@@ -317,6 +324,27 @@ class CoMeTModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.weights["norm"].dtype
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the layers of a round, in place: from now on calls, windows, generation and backward
+        passes run what `torch.compile` makes of `cells.run_layers`, one graph for each kind of round.
+
+        The first calls take a minute or more: a steady stream has a few kinds of rounds, and one
+        whose sizes have changed once is compiled for all sizes. Where somebody watches or
+        `recompute` is "cells", layers run as written. A copy of the model is not compiled.
+
+        Args:
+            args, kwargs: those of `torch.compile`, such as `backend`, `mode` or `dynamic`.
+        """
+        own = {"fullgraph": True, "recompile_limit": KINDS, "isolate_recompiles": True}
+        known = inspect.signature(torch.compile).parameters  # the last two are new in PyTorch
+        kwargs = {name: value for name, value in own.items() if name in known} | kwargs
+        self._layers = torch.compile(run_layers, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_layers", None)  # what is compiled can be neither pickled nor copied
+        return state
 
     def new_state(self, batch_size: int = 1) -> CoMeTState:
         """The state before any text.
@@ -531,6 +559,7 @@ class CoMeTModel(nn.Module):
             "lengths": sizes,
             "recompute": RECOMPUTE[recompute] if recompute == "cells" else None,
             "reread": Rereader(on_host=recompute == "host") if rereads else None,
+            "layers": self._layers,
         }
         return ids, for_gradients(state), targets, options
 
@@ -593,14 +622,12 @@ class CoMeTModel(nn.Module):
         if generator is not None:
             check_kind("generator", generator, torch.Generator, "PyTorch's, e.g. torch.Generator()")
         params, config, b = self.weights, self.config, len(ids)
+        options: dict[str, Any] = {"outputs": "last", "recorder": recorder, "layers": self._layers}
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)
         with torch.no_grad():
             last: Tensor | None = None
-            prompt = read(
-                ids, state, params, config, lengths=sizes, outputs="last", recorder=recorder
-            )
-            for part in prompt:
+            for part in read(ids, state, params, config, lengths=sizes, **options):
                 last, state = part.last(last), part.state
             while running.any() and last is not None:
                 logits = predict(last, params, config)  # [b, vocab]
@@ -618,8 +645,7 @@ class CoMeTModel(nn.Module):
                     config,
                     roll=roll,
                     lengths=take,
-                    outputs="last",
-                    recorder=recorder,
+                    **options,
                 ):
                     last, state = part.last(last), part.state
                 for row, token in enumerate(step):

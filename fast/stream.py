@@ -9,7 +9,6 @@ tensors are never written to. Throughout, `params` are a model's weights under t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from reference.config import CoMeTConfig
 from .attention import needs_mask
 from .cells import Layout, Recompute, Rotation, Tensors, open_row, run_layers
 from .chunking import Round, plan_rounds
-from .compiling import untraced
+from .compiling import replace, untraced
 from .layers import Weights, causal_mask, put_slots, rotary_tables, take_slots
 from .rereading import Rereader
 from .rows import Row, count_memory_slots, count_round, lay_out
@@ -47,6 +46,9 @@ __all__ = [
     "rotations_at",
     "run_row",
 ]
+
+RunLayers = Callable[..., Any]
+"""`cells.run_layers`, or what stands in for it."""
 
 LAYOUTS = 4
 """Layouts that are kept while a text is read: while queues fill, each chunk has another."""
@@ -160,7 +162,7 @@ def open_chunk(
         )
         keys.append(_where_rows(opens, _fit(k, longest), _fit(state.keys[i], longest)))
         values.append(_where_rows(opens, _fit(v, longest), _fit(state.values[i], longest)))
-    return dataclasses.replace(state, row_length=row_length, keys=tuple(keys), values=tuple(values))
+    return replace(state, row_length=row_length, keys=tuple(keys), values=tuple(values))
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ def run_row(
     recorder: Recorder | None = None,
     recompute: Recompute | None = None,
     layouts: Layouts | None = None,
+    layers: RunLayers = run_layers,
 ) -> Reading:
     """One round: new slots of every open row up the layers, the memories updated on the way.
 
@@ -233,6 +236,8 @@ def run_row(
         recorder: what watches, or None.
         recompute: see `cells.run_layers`.
         layouts: of rounds that were read before, to take one from, and to put this one's into.
+        layers: `cells.run_layers`, or what a compiler made of it, which serves where nobody watches
+            and nothing is recomputed.
 
     Returns:
         A `Reading`.
@@ -241,7 +246,7 @@ def run_row(
     starts = bool(opens.all())
     if starts:
         slots = count_memory_slots(state, config.memory)
-        state = dataclasses.replace(state, row_length=slots)
+        state = replace(state, row_length=slots)
     elif opens.any():
         begin = open_chunk if recompute is None else partial(recompute, open_chunk)
         state = begin(state, params, config, opens)
@@ -254,7 +259,8 @@ def run_row(
     if laid_out.is_shared:
         queue = tuple(t[:, : int(state.queue_length[0])] for t in queue)
     ends = bool(plan.close.all())
-    hidden, keys, values, states, queue = run_layers(
+    plain = recorder is None and recompute is None
+    hidden, keys, values, states, queue = (layers if plain else run_layers)(
         take_slots(text, row.columns),
         row,
         layout,
@@ -268,9 +274,9 @@ def run_row(
         recompute,
         keeps_rows=not ends,
     )
-    after = dataclasses.replace(state, global_state=states, temporary_memory=queue)
+    after = replace(state, global_state=states, temporary_memory=queue)
     if not ends:
-        after = dataclasses.replace(after, keys=keys, values=values)
+        after = replace(after, keys=keys, values=values)
     return Reading(hidden, row, _count(after, plan, laid_out, config), bool(np.any(plan.cut)))
 
 
@@ -294,7 +300,7 @@ def _lay_out(
     key = starts, outputs, *(int(x[0]) for x in counts), bool(state.chunks[0])
     found = known.get(key) if alike and known is not None else None
     if found is None:
-        relative = dataclasses.replace(plan, start=0 * plan.start) if alike else plan
+        relative = replace(plan, start=0 * plan.start) if alike else plan
         laid_out = lay_out(state, relative, config.memory, num_columns, outputs)
         row, slots = place_row(laid_out, params["norm"].device), int(state.row_length.max())
         layout = layout_of(laid_out, row, slots, params, config, starts=starts)
@@ -305,7 +311,7 @@ def _lay_out(
                 known.pop(next(iter(known)))
     laid_out, row, layout = found
     if alike:
-        row = dataclasses.replace(row, columns=row.columns + int(plan.start[0]))
+        row = replace(row, columns=row.columns + int(plan.start[0]))
     return laid_out, row, layout
 
 
@@ -332,7 +338,7 @@ def layout_of(
 def place_row(laid_out: Row, device: torch.device) -> Row:
     """A row that was laid out on the host, on a device."""
     if (laid_out.has_state > 0).all():
-        laid_out = dataclasses.replace(laid_out, has_state=None)
+        laid_out = replace(laid_out, has_state=None)
     return laid_out.map(lambda x, widths: torch.from_numpy(x).to(device).split(widths, dim=1))
 
 
@@ -341,7 +347,7 @@ def _count(state: CoMeTState, plan: Round, laid_out: Row, config: CoMeTConfig) -
     """The state with the counts after the round, its rows as long as the longest."""
     counts: dict[str, Any] = count_round(state, plan, laid_out, config.memory)
     longest = int(counts["row_length"].max())
-    return dataclasses.replace(
+    return replace(
         state,
         **counts,
         keys=tuple(_fit(k, longest) for k in state.keys),
@@ -365,6 +371,7 @@ def read(
     recompute: Recompute | None = None,
     reread: Rereader | None = None,
     finish: Callable[[Reading], Reading] | None = None,
+    layers: RunLayers = run_layers,
 ) -> Iterator[Reading]:
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
 
@@ -382,6 +389,7 @@ def read(
             inputs alone and computes the rest again; None keeps all.
         reread: reads each round, so that of it a backward pass keeps the memories before it alone.
         finish: what is made of a round, its score for instance, where it is read.
+        layers: see `run_row`.
 
     Yields:
         Each round's top outputs and state, so that nothing grows with the text.
@@ -405,6 +413,7 @@ def read(
             recompute=recompute,
             layouts=layouts,
             finish=finish,
+            layers=layers,
         )
         part = (
             one(text, state, recorder=recorder)
@@ -413,7 +422,7 @@ def read(
         )
         if part.cut:
             cut = np.asarray(plan.cut) | cuts_all
-            part = dataclasses.replace(part, state=_detach_rows(part.state, cut))
+            part = replace(part, state=_detach_rows(part.state, cut))
         state = part.state
         yield part
 
@@ -430,6 +439,7 @@ def _read_round(
     recompute: Recompute | None,
     layouts: Layouts,
     finish: Callable[[Reading], Reading] | None,
+    layers: RunLayers,
 ) -> Reading:
     """`run_row`, and `finish`; arguments are as in `read`."""
     part = run_row(
@@ -442,6 +452,7 @@ def _read_round(
         recorder=recorder,
         recompute=recompute,
         layouts=layouts,
+        layers=layers,
     )
     return part if finish is None else finish(part)
 

@@ -215,6 +215,7 @@ class CoMeTForCausalLM(PreTrainedModel, StreamGenerationMixin):
             outputs="last" if only_last else "all",
             recorder=cast(Any, recorder),
             recompute=self.cell if self.training else None,
+            layers=self.model._layers,
         ):
             state, last = part.state, cast(Tensor, part.last(last))
             if not only_last:
