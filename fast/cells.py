@@ -23,6 +23,7 @@ from .layers import (
     Weights,
     decoder_layer,
     look_up,
+    of_pairs,
     project_memory,
     take_slots,
     tensor_of,
@@ -51,7 +52,7 @@ class Layout:
     """What the layers of a round share. It depends on counts alone."""
 
     rotations: tuple[Rotation, ...]
-    """`rotary_tables` of the new slots."""
+    """`rotary_tables` of the new slots, `for_heads`."""
 
     mask: Tensor | None
     """`causal_mask` of the new slots, where attention needs one."""
@@ -107,7 +108,7 @@ def open_row(
 
     Args:
         global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
-        rotation: (cos, sin) of positions 0 .. slots - 1, those of the longest row that starts. A
+        rotation: the table of positions 0 .. slots - 1, those of the longest row that starts. A
             sequence with fewer reads on over the rest.
         weights: the layer's.
 
@@ -145,12 +146,12 @@ def run_layer(
     Args:
         hidden: [b, n, d], the new slots.
         row: their layout, on the device.
-        rotation: (cos, sin) of their positions.
+        rotation: the table of their positions, `layers.for_heads`.
         mask, past: of their `Layout`.
         keys, values: [b, k, p, e], the rows so far; None where they start, with `open_row`.
         global_state, queue: [b, m, d] and [b, q, d]; None where there is no such memory.
         queried: `row.queried` at the top layer, else None.
-        opening: (cos, sin) of the memory slots of rows that start; None where they have none.
+        opening: the table of the memory slots of rows that start; None where they have none.
         weights: the layer's.
 
     Returns:
@@ -265,7 +266,7 @@ def run_layers(
         )
         if recorder is not None:
             both = global_state[i] if global_state else None, found[2]
-            recorder.layer(before, hidden, found[0], both, row, rotation, weights)
+            recorder.layer(before, hidden, found[0], both, row, of_pairs(rotation), weights)
         cells.append(found if keeps_rows else [None, None, *found[2:]])
     if row.queried is None:
         hidden = take_slots(hidden, row.text)

@@ -26,9 +26,11 @@ __all__ = [
     "attention",
     "causal_mask",
     "decoder_layer",
+    "for_heads",
     "linear",
     "look_up",
     "merge_heads",
+    "of_pairs",
     "project_keys_values",
     "project_memory",
     "project_queries",
@@ -214,23 +216,41 @@ def rotary_tables(positions: Tensor, config: BackboneConfig) -> tuple[tuple[Tens
     return tuple(rotary_table(p, config) for p in standing)
 
 
+def for_heads(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A table of pairs as whole heads take it: both numbers of a pair have their cosine, and of the
+    sine the first one has the negative.
+
+    Args:
+        table: (cos, sin), each [..., e / 2].
+
+    Returns:
+        Two tensors [..., e].
+    """
+    cos, sin = table
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def of_pairs(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The other way round than `for_heads`."""
+    cos, sin = table
+    half = cos.shape[-1] // 2
+    return cos[..., :half], sin[..., half:]
+
+
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions, half-rotation form. Twin of `reference.layers.rotate`.
 
     Args:
         x: [b, heads, n, e].
-        rotation: (cos, sin), each [r, n, e / 2], float32 or wider.
+        rotation: a table `for_heads`, [r, n, e] twice, float32 or wider.
 
     Returns:
         [b, heads, n, e] in x's dtype: pairs (x_j, x_{j + e/2}) turned by their slot's angles.
     """
     cos, sin = (part[:, None] for part in rotation)
-    first, second = widen(x).chunk(2, dim=-1)  # [b, heads, n, e / 2] each
-    turned = [
-        torch.addcmul(first * cos, second, sin, value=-1),
-        torch.addcmul(second * cos, first, sin),
-    ]
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    wide = widen(x)
+    swapped = wide.roll(x.shape[-1] // 2, dims=-1)  # each number's other one of its pair
+    return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -369,7 +389,7 @@ def project_keys_values(
 
     Args:
         normed: [b, n, d], after the layer's input norm.
-        rotation: (cos, sin) of the slots' positions.
+        rotation: the table of the slots' positions, `for_heads`.
         weights: "k_proj", "v_proj", and as configured "k_bias", "v_bias", "k_norm".
 
     Returns:
@@ -428,7 +448,7 @@ def project_memory(
 
     Args:
         memory: [b, slots, d], global then temporary memory.
-        rotation: (cos, sin) of positions 0 .. slots - 1.
+        rotation: the table of positions 0 .. slots - 1, `for_heads`.
 
     Returns:
         keys, values, each [b, k, slots, e].
@@ -456,7 +476,7 @@ def decoder_layer(
         hidden: [b, n, d], the new slots.
         keys, values: [b, k, p, e], the row so far at this layer.
         positions: [r, n], see `append_slots`.
-        rotation: (cos, sin) of those positions, see `rotary_table`.
+        rotation: the table of those positions, `for_heads`.
         weights: one layer's tensors.
         queried: [r, a] int64, the new slots that get a query, and so an output; None is all. The
             others give a key and a value, and nothing more of them is computed.

@@ -25,7 +25,7 @@ from .attention import needs_mask
 from .cells import Layout, Recompute, Rotation, Tensors, open_row, run_layers
 from .chunking import Round, plan_rounds
 from .compiling import replace, untraced
-from .layers import Weights, causal_mask, put_slots, rotary_tables, take_slots
+from .layers import Weights, causal_mask, for_heads, put_slots, rotary_tables, take_slots
 from .rereading import Rereader
 from .rows import Row, count_memory_slots, count_round, lay_out
 from .state import CoMeTState, fingerprint
@@ -102,11 +102,13 @@ def new_state(
 def rotations_at(
     positions: np.ndarray, params: Weights, config: CoMeTConfig
 ) -> tuple[Rotation, ...]:
-    """`rotary_tables` of positions [r, n], on the weights' device, in float32 or wider."""
+    """`rotary_tables` of positions [r, n], `for_heads`, on the weights' device, in float32 or wider."""
     like = params["norm"]
     dtype = torch.promote_types(like.dtype, torch.float32)
     tables = rotary_tables(torch.from_numpy(positions), config.backbone)
-    return tuple((cos.to(like.device, dtype), sin.to(like.device, dtype)) for cos, sin in tables)
+    return tuple(
+        for_heads((cos.to(like.device, dtype), sin.to(like.device, dtype))) for cos, sin in tables
+    )
 
 
 def _where_rows(flags: np.ndarray, yes: Tensor, no: Tensor) -> Tensor:

@@ -99,8 +99,8 @@ FAULTS = {
     ),
     "rotary pairs interleaved": (
         "layers.py",
-        "first, second = widen(x).chunk(2, dim=-1)",
-        "first, second = widen(x)[..., ::2], widen(x)[..., 1::2]",
+        "swapped = wide.roll(x.shape[-1] // 2, dims=-1)",
+        "swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)",
         "test_layers::test_rotate_and_heads",
     ),
     "a slot sees the one after it": (
@@ -232,8 +232,8 @@ FAULTS = {
     ),
     "no rotation in half types": (
         "layers.py",
-        "return torch.cat(turned, dim=-1).to(x.dtype)",
-        "return torch.cat(turned, dim=-1).to(x.dtype) if x.element_size() > 2 else x",
+        "return torch.addcmul(wide * cos, swapped, sin).to(x.dtype)",
+        "return torch.addcmul(wide * cos, swapped, sin).to(x.dtype) if x.element_size() > 2 else x",
         "test_half_types::test_half_types_err_as_a_rounding_of_the_weights_does",
     ),
     "no queue in half types": (

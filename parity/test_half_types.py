@@ -93,7 +93,7 @@ def places(positions):
 def rotation(positions, backbone):
     """Their rotary table as a model makes it, and the reference's."""
     table = spec.rotary_table(positions, backbone)
-    return tuple(tensor(t)[None].float() for t in table), table
+    return fast.for_heads(tuple(tensor(t)[None].float() for t in table)), table
 
 
 @half
@@ -218,12 +218,13 @@ def test_heads_are_turned_by_tables_of_float32(monkeypatch, make_config, dtype):
     config, tables, rotate = make_config(memory=memory), [], fast.rotate
     monkeypatch.setattr(fast, "rotate", lambda x, table: tables.append(table) or rotate(x, table))
     random_model(config, 0).to(dtype)(tensor(np.zeros((1, 400), np.int64)))
-    expected = spec.rotary_table(np.arange(400), config.backbone)
+    table = spec.rotary_table(np.arange(400), config.backbone)
+    expected = fast.for_heads(tuple(map(torch.from_numpy, table)))
     assert len(tables) == 2 * config.backbone.num_hidden_layers  # queries and keys
     for table in tables:
         for name, f, e in zip(("cos", "sin"), table, expected, strict=True):
             assert f.dtype == torch.float32
-            assert_near(f.reshape(e.shape), e, name, EPSILON / 2)
+            assert_near(f.reshape(e.shape), e.numpy(), name, EPSILON / 2)
 
 
 def logits_of(model, ids, roundings):

@@ -22,8 +22,8 @@ def normal(rng, *shape):
 
 
 def on_device(table):
-    """The reference's rotary table, [n, e / 2] each, for sequences that are alike."""
-    return tuple(tensor(part)[None] for part in table)
+    """The reference's rotary table, [n, e / 2] each, as `fast` takes it of sequences that are alike."""
+    return fast.for_heads(tuple(tensor(part)[None] for part in table))
 
 
 def layer_of(backbone, seed):

@@ -16,7 +16,7 @@ from reference.config import CoMeTConfig
 from ..cells import embed
 from ..chunking import Round
 from ..global_memory import read_global, update_global
-from ..layers import Weights, decoder_layer, rotary_tables, take_slots
+from ..layers import Weights, decoder_layer, for_heads, rotary_tables, take_slots
 from ..rows import lay_out
 from ..state import CoMeTState
 from ..stream import new_state
@@ -70,7 +70,7 @@ def read_literal(
             slots = row.shape[1] - hidden.shape[1]
             positions = torch.arange(row.shape[1])[None]
             cos, sin = rotary_tables(positions, backbone)[i in backbone.unrotated_layers]
-            rotation = cos.to(row), sin.to(row)
+            rotation = for_heads((cos.to(row), sin.to(row)))
             positions = positions.to(row.device)
             row, _, _ = decoder_layer(row, none, none, positions, rotation, weights, backbone)
             hidden = row[:, slots:]
