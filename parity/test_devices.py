@@ -1,21 +1,27 @@
 """Nothing in the stream asks the device for a value, or mixes devices; `--device` moves the suite.
 
 On the meta device a tensor has a shape and no numbers: what would need one, on the host or beside a
-tensor of another device, raises. What passes here can be queued on a GPU without a stop. On the
+tensor of another device, raises. So it does on a GPU under `FakeTensorMode`, which needs none. What
+passes here can be queued on a GPU without a stop. On the
 device of `pretend_device.py` there are numbers too, and the suite runs as it would on a GPU.
 """
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import bias
+from torch.nn.attention.bias import causal_lower_right
 
 from fast.model import IGNORE, predict, sum_of_losses
 from fast.parameters import ParameterTree
@@ -23,6 +29,7 @@ from fast.stream import close_chunk, new_state, read
 from reference.parameters import map_parameters, shapes
 
 from . import device
+from .emulation import compiler
 from .strategies import configs, corner_lengths, random_model
 from .test_faults import ROOT, place, run, write_wrong
 
@@ -39,34 +46,71 @@ def on_the_device():
         raise AssertionError(f"a value was asked for, or devices were mixed: {error}") from error
 
 
-def meta_weights(config, dtype):
+WITHOUT_NUMBERS = {"meta": nullcontext, "cuda": FakeTensorMode}
+"""Devices whose tensors have no numbers, and under what. A GPU that is not there gets a GPU's operations,
+such as its attention."""
+
+GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
+static c10::impl::DeviceGuardImplRegistrar guard(
+    c10::DeviceType::CUDA, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());
+"""
+"""What a PyTorch without CUDA lacks to index a GPU's tensor that has no numbers: a way to choose the
+GPU, here one that does nothing."""
+
+
+@pytest.fixture(scope="module")
+def cuda_guard(tmp_path_factory):
+    if torch.version.cuda is None and torch.version.hip is None:
+        library, home = tmp_path_factory.mktemp("guard") / "guard.so", Path(torch.__file__).parent
+        options = ["-std=c++20", "-shared", "-fPIC", f"-I{home}/include", f"-L{home}/lib", "-lc10"]
+        command = [compiler(), "-x", "c++", "-", *options, "-o", str(library)]
+        subprocess.run(command, input=GUARD, text=True, check=True)
+        ctypes.CDLL(str(library))
+
+    def make_bias(*sizes):  # which holds two sizes, and cannot be made as a fake tensor
+        with unset_fake_temporarily():
+            return causal_lower_right(*sizes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bias, "causal_lower_right", make_bias)
+        yield
+
+
+places = pytest.mark.parametrize("place", WITHOUT_NUMBERS)
+
+
+def empty_weights(config, dtype, place):
     """Weights without numbers."""
     tree = map_parameters(
-        lambda _, shape: torch.empty(shape, dtype=dtype, device="meta"), shapes(config)
+        lambda _, shape: torch.empty(shape, dtype=dtype, device=place), shapes(config)
     )
     return ParameterTree(tree)
 
 
 @st.composite
-def meta_cases(draw):
+def empty_cases(draw):
     config, dtype = draw(configs()), draw(DTYPES)
     lengths = np.array(draw(st.lists(corner_lengths(config), min_size=1, max_size=3)))
-    ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64, device="meta")
-    return config, dtype, lengths, ids
+    return config, dtype, lengths
 
 
-def assert_on_meta(tensors, dtype, what):
+def ids_of(lengths, place):
+    return torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64, device=place)
+
+
+def assert_on(place, tensors, dtype, what):
     for tensor in tensors:
-        assert tensor.device.type == "meta", f"{what} on {tensor.device}"
+        assert tensor.device.type == place, f"{what} on {tensor.device}"
         assert tensor.dtype == dtype, f"{what} is {tensor.dtype}"
 
 
-@given(meta_cases(), st.booleans())
-def test_reading_and_decoding_stay_on_the_device(case, alike):
-    config, dtype, lengths, ids = case
-    params = meta_weights(config, dtype)
-    state = new_state(config, dtype, len(ids), "meta")
-    with torch.no_grad(), on_the_device():
+@places
+@given(case=empty_cases(), alike=st.booleans())
+def test_reading_and_decoding_stay_on_the_device(cuda_guard, place, case, alike):
+    config, dtype, lengths = case
+    with WITHOUT_NUMBERS[place](), torch.no_grad(), on_the_device():
+        ids, params = ids_of(lengths, place), empty_weights(config, dtype, place)
+        state = new_state(config, dtype, len(ids), place)
         for part in read(
             ids, state, params, config, lengths=None if alike else lengths, outputs="last"
         ):
@@ -76,32 +120,36 @@ def test_reading_and_decoding_stay_on_the_device(case, alike):
                 state = part.state
             logits = predict(part.last(None), params, config)
         state = close_chunk(state, params, config)
-    assert_on_meta([logits], dtype, "logits")
-    assert_on_meta((*state.global_state, *state.temporary_memory), dtype, "memories")
+    assert_on(place, [logits], dtype, "logits")
+    assert_on(place, (*state.global_state, *state.temporary_memory), dtype, "memories")
 
 
-@given(meta_cases())
-def test_a_training_step_stays_on_the_device(case):
-    config, dtype, lengths, ids = case
-    params = meta_weights(config, dtype)
-    loss = torch.zeros((), device="meta")
-    with on_the_device():
-        for part in read(
-            ids, new_state(config, dtype, len(ids), "meta"), params, config, lengths=lengths
-        ):
-            targets = torch.full(part.hidden.shape[:2], IGNORE, device="meta")
+@places
+@given(case=empty_cases())
+def test_a_training_step_stays_on_the_device(cuda_guard, place, case):
+    config, dtype, lengths = case
+    with WITHOUT_NUMBERS[place](), on_the_device():
+        ids, params = ids_of(lengths, place), empty_weights(config, dtype, place)
+        state, loss = new_state(config, dtype, len(ids), place), torch.zeros((), device=place)
+        for part in read(ids, state, params, config, lengths=lengths):
+            targets = torch.full(part.hidden.shape[:2], IGNORE, device=place)
             loss = loss + sum_of_losses(predict(part.hidden, params, config), targets)
+        assert loss.device.type == place
+        if place == "cuda":  # whose backward pass needs the GPU's streams, also without numbers
+            assert loss.requires_grad
+            return
         loss.backward()
     found = [p.grad for p in params.parameters() if p.grad is not None]
     assert len(found) > 10
-    assert_on_meta(found, dtype, "gradient")
+    assert_on(place, found, dtype, "gradient")
 
 
-def test_a_value_asked_for_would_be_noticed():
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        bool(torch.zeros((), device="meta") > 0)
-    with pytest.raises(RuntimeError):
-        torch.zeros(2, device="meta") + torch.zeros(2)
+def test_a_value_asked_for_would_be_noticed(cuda_guard):
+    for where, mode in WITHOUT_NUMBERS.items():
+        with mode(), pytest.raises((NotImplementedError, RuntimeError)):
+            bool(torch.zeros((), device=where) > 0)
+        with mode(), pytest.raises(RuntimeError):
+            torch.zeros(2, device=where) + torch.zeros(2)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
