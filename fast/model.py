@@ -625,18 +625,20 @@ class CoMeTModel(nn.Module):
         options: dict[str, Any] = {"outputs": "last", "recorder": recorder, "layers": self._layers}
         new: list[list[int]] = [[] for _ in range(b)]
         running = np.full(b, max_new_tokens > 0)
+        # Where nothing depends on a token's value, a device need not be waited for until the end.
+        waits = bool(stop_ids) or on_token is not None or temperature > 0.0
+        steps, unseen = 0, list[tuple[Tensor, Tensor]]()
         with torch.no_grad():
             last: Tensor | None = None
             for part in read(ids, state, params, config, lengths=sizes, **options):
                 last, state = part.last(last), part.state
             while running.any() and last is not None:
                 logits = predict(last, params, config)  # [b, vocab]
-                _check_logits(logits.amax(dim=-1))
+                largest = logits.amax(dim=-1)
+                if waits:
+                    _check_logits(largest)
                 tokens = sample(logits, temperature, top_k, top_p, generator)
-                step: list[int | None] = [
-                    token if run else None
-                    for token, run in zip(tokens.tolist(), running, strict=True)
-                ]
+                unseen.append((tokens, largest))
                 take = running.astype(np.int64)
                 for part in read(
                     tokens[:, None],
@@ -648,12 +650,22 @@ class CoMeTModel(nn.Module):
                     **options,
                 ):
                     last, state = part.last(last), part.state
-                for row, token in enumerate(step):
-                    if token is not None:
-                        new[row].append(token)
-                        running[row] = token not in stop_ids and len(new[row]) < max_new_tokens
-                if on_token is not None:
-                    on_token(step)
+                steps += 1
+                if not waits and steps < max_new_tokens:
+                    continue
+                if not waits:
+                    _check_logits(torch.stack([x for _, x in unseen]))
+                for found in torch.stack([x for x, _ in unseen]).tolist():
+                    step: list[int | None] = [
+                        token if run else None for token, run in zip(found, running, strict=True)
+                    ]
+                    for row, token in enumerate(step):
+                        if token is not None:
+                            new[row].append(token)
+                            running[row] = token not in stop_ids and len(new[row]) < max_new_tokens
+                    if on_token is not None:
+                        on_token(step)
+                unseen.clear()
         return CoMeTGeneration(new, state)
 
     def save_pretrained(self, folder: str | Path) -> None:

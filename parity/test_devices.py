@@ -144,6 +144,21 @@ def test_a_training_step_stays_on_the_device(cuda_guard, place, case):
     assert_on(place, found, dtype, "gradient")
 
 
+def test_a_continuation_that_waits_for_nothing_asks_for_its_tokens_once(make_config, monkeypatch):
+    model, asked, tolist = random_model(make_config(), 0), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: asked.append(x.shape) or tolist(x))
+    ids, said = torch.arange(12).reshape(2, 6) % 11, []
+    found = model.generate(ids, max_new_tokens=9)
+    assert asked == [(9, 2)]
+    waited = model.generate(ids, max_new_tokens=9, on_token=said.append)
+    assert len(asked) == 10
+    assert found.ids == waited.ids == [list(row) for row in zip(*said, strict=True)]
+    with torch.no_grad():
+        model.weights["norm"][0] = torch.nan
+    with pytest.raises(FloatingPointError, match="left the range"):
+        model.generate(ids, max_new_tokens=9)
+
+
 def test_a_value_asked_for_would_be_noticed(cuda_guard):
     for where, mode in WITHOUT_NUMBERS.items():
         with mode(), pytest.raises((NotImplementedError, RuntimeError)):
