@@ -14,7 +14,7 @@ import torch
 from fast import MemoryConfig
 from fast.__main__ import main
 from fast.bench import devices, pipeline, pretrained, report, speed
-from fast.bench.speed import MEMORIES, Case, Timed, chunk_work, take_turns
+from fast.bench.speed import MEMORIES, Case, Timed, chunk_work, literal_work, take_turns
 from fast.cupy_engine import CoMeTEngine
 from fast.cupy_engine import engine as engine_module
 from fast.parallel import Span
@@ -68,6 +68,11 @@ def test_the_work_of_a_chunk_is_counted_slot_by_slot(memory):
                 total += 2 * (2 * d * b.num_attention_heads * e + 3 * d * f)
                 total += 2 * 2 * (slots + len(kinds)) * b.num_attention_heads * e
     assert chunk_work(config) == pytest.approx(total, rel=1e-12)
+    row, whole = slots + len(kinds), 0
+    for place in range(row):
+        whole += key_value + 2 * (2 * d * b.num_attention_heads * e + 3 * d * f)
+        whole += 2 * 2 * (place + 1) * b.num_attention_heads * e
+    assert literal_work(config) == pytest.approx(whole * b.num_hidden_layers, rel=1e-12)
 
 
 def test_a_fit_finds_the_law():
@@ -85,12 +90,13 @@ def test_the_bench_runs_and_fills_its_page(tmp_path):
         report.Job("length", case, ([64, 128, 256, 512],)),
         report.Job("decoding", case, ([64], 2)),
         report.Job("training", case, (1,)),
+        report.Job("compiled", case, (2, "reading")),
         report.Job("memory", case, (300,)),
     ]
     results = report.run(tmp_path, jobs)
     assert json.loads((tmp_path / "bench.json").read_text())["results"] == results
     parts = report.tables(results)
-    assert list(parts) == ["prefill", "length", "decoding", "training", "memory"]
+    assert list(parts) == ["prefill", "length", "decoding", "training", "compiled", "memory"]
     for part in parts.values():
         assert len({line.count("|") for line in part.splitlines()}) == 1, part
     assert "131,072 (fitted)" in parts["length"]

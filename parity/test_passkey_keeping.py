@@ -9,7 +9,7 @@ import torch
 
 from fast.tasks import passkey
 from fast.tasks.passkey_diagnosis import SENTENCE
-from fast.tasks.passkey_keeping import RECIPE, KeepingKeys, Options, _replace
+from fast.tasks.passkey_keeping import RECIPE, KeepingKeys, Options, _draw_key, _replace
 from fast.tasks.passkey_recipe import RECIPE as FIRST
 from fast.tasks.passkey_training import change_of
 from fast.train import Phase, Processes, Settings, Trainer, build_model, read_settings
@@ -48,8 +48,8 @@ def task(**changes):
 def test_the_recipe_is_whole():
     settings = read_settings(RECIPE, model=str(passkey.SHIPPED))
     trained = KeepingKeys(settings, build_model(settings), Processes())
-    assert settings.steps == 4000
-    assert [options.hinge for options in trained.phases] == [0.1, 0.3]
+    assert settings.steps == 5200
+    assert [options.hinge for options in trained.phases] == [0.1, 0.3, 0.3]
     with pytest.raises(ValueError, match="2 processes; this task is one process's"):
         KeepingKeys(settings, trained.model, Processes(group=0, number=2))
 
@@ -57,7 +57,7 @@ def test_the_recipe_is_whole():
 def test_borders_cut_distractors_and_a_key_comes_first():
     """And none of the numbers is of the test split."""
     trained, rng = task(), np.random.default_rng(0)
-    options = Options(cut=1.0, spacings=(1e6,))
+    options = Options(cut=1.0, spacings=(1e6,), filler=0.0)
     text = trained._prose(20 * 128, rng, options, key=1234)
     assert len(text) == 20 * 128
     assert text.startswith(b"\n" + passkey.INFORMATION.format(key=1234).encode())
@@ -70,6 +70,28 @@ def test_borders_cut_distractors_and_a_key_comes_first():
     assert all(n % passkey.HELD_OUT for n in numbers)
     plain = trained._prose(20 * 128, rng, dataclasses.replace(options, cut=0.0))
     assert not SENTENCE.search(plain)
+
+
+def test_some_texts_are_the_published_filler():
+    trained, rng = task(), np.random.default_rng(0)
+    options = Options(filler=1.0)
+    text = trained._prose(500, rng, options, key=1234).decode()
+    _, said, rest = text.split("\n", 2)
+    assert said == passkey.INFORMATION.format(key=1234)
+    assert len(text) == 500
+    assert rest in passkey.FILLER * 8
+    texts = [trained._prose(500, rng, Options()) for _ in range(200)]
+    share = np.mean([text.decode("latin1") in passkey.FILLER * 8 for text in texts])
+    assert 0.05 < share < 0.3
+
+
+@pytest.mark.parametrize("short", [0.0, 1.0])
+def test_new_keys_are_drawn_evenly_or_of_any_size(short):
+    rng = np.random.default_rng(0)
+    keys = [_draw_key(rng, short) for _ in range(400)]
+    assert all(0 < key <= passkey.LARGEST_KEY and key % passkey.HELD_OUT for key in keys)
+    sizes = np.bincount([len(str(key)) for key in keys], minlength=6)[1:] / len(keys)
+    assert (np.abs(sizes - 0.2) < 0.07).all() if short else sizes[4] > 0.7
 
 
 def test_states_that_move_most_are_trained_on():

@@ -55,6 +55,7 @@ MEASURES: dict[str, Callable[..., Any]] = {
     "length": speed.measure_lengths,
     "decoding": speed.measure_decoding,
     "training": speed.measure_training,
+    "compiled": speed.measure_compiled,
     "attention": speed.measure_attention,
     "graph": speed.measure_graph,
     "memory": speed.measure_memory,
@@ -93,6 +94,10 @@ JOBS = (
     ),
     Job("training", Case("small", "128/8/16", batch_size=8), (4,)),
     Job("training", Case("5M", "256/32/128"), (4,)),
+    Job("compiled", Case("small", "128/8/16", rounds=9), (64, "reading")),
+    Job("compiled", Case("5M", "256/32/128", rounds=7), (16, "reading")),
+    Job("compiled", Case("5M", "2048/512/2048"), (2, "reading")),
+    Job("compiled", Case("5M", "256/32/128"), (4, "training")),
     *(
         Job("graph", Case("5M", "256/32/128"), (chunks, kept))
         for kept in speed.KEPT
@@ -112,6 +117,7 @@ QUICK = (
     Job("decoding", Case("small", "128/8/16", rounds=3), ([1024, 4096], 32)),
     Job("attention", Case("small", "128/8/16", rounds=3), ((128, 512),)),
     Job("training", Case("small", "128/8/16", rounds=3), (2,)),
+    Job("compiled", Case("small", "128/8/16", rounds=3), (32, "reading")),
     *(Job("graph", Case("small", "128/8/16"), (chunks, "chunks")) for chunks in (8, 64)),
     *(Job("memory", Case("small", "128/8/16"), (length,)) for length in (10_000, 100_000)),
 )
@@ -250,17 +256,19 @@ def _prefill(results: Sequence[dict[str, Any]]) -> str:
         data, timed = r["result"], Timed(r["result"]["seconds"])
         ours, literal = timed.median("ours"), timed.median("literal")
         whole_top = timed.median("ours, all of the top layer")
+        config = Case(r["case"]["backbone"], r["case"]["memory"]).config
+        bound = speed.literal_work(config) / speed.chunk_work(config)
         rows.append(
             f"{_name(r)} | {'kept' if r['case']['kept'] else 'default'} | "
             f"{_speed(data['tokens'], timed, 'ours')} | "
             f"{_speed(data['tokens'], timed, 'literal')} | "
-            f"**{literal / ours:.2f}** | "
+            f"**{literal / ours:.2f}** | {bound:.2f} | "
             f"{whole_top / ours:.2f} | "
             f"{data['work'] / ours / data['peak']:.0%} of {data['peak'] / 1e9:,.0f}"
         )
     head = (
         "model | chunk/m/B | memory | ours, tokens/s | literal, tokens/s | ours is faster by | "
-        "trimmed top | GFLOP/s, of the peak"
+        "by operations | trimmed top | GFLOP/s, of the peak"
     )
     return _table(head, rows)
 
@@ -313,6 +321,23 @@ def _training(results: Sequence[dict[str, Any]]) -> str:
             f"{_name(r)} | {tokens / ours:,.0f} | {tokens / literal:,.0f} | {literal / ours:.2f}"
         )
     return _table("model | chunk/m/B | ours, tokens/s | literal, tokens/s | faster by", rows)
+
+
+def _compiled(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        data, timed = r["result"], Timed(r["result"]["seconds"])
+        ours, compiled, literal = map(timed.median, ("ours", "compiled", "literal"))
+        rows.append(
+            f"{_name(r)} | {r['more'][1]} | {data['tokens'] / ours:,.0f} | "
+            f"{_speed(data['tokens'], timed, 'compiled')} | {ours / compiled:.2f} | "
+            f"**{literal / compiled:.2f}** | {data['first']:.0f}"
+        )
+    head = (
+        "model | chunk/m/B | what | as written, tokens/s | compiled, tokens/s | faster by | "
+        "than the literal schedule | first call, s"
+    )
+    return _table(head, rows)
 
 
 def _attention(results: Sequence[dict[str, Any]]) -> str:
@@ -412,6 +437,7 @@ TABLES = {
     "length": _lengths,
     "decoding": _decoding,
     "training": _training,
+    "compiled": _compiled,
     "attention": _attention,
     "graph": _graph,
     "memory": _memory,

@@ -12,11 +12,13 @@ import dataclasses
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 
 from ..attention import attend_after
+from ..cells import run_layers
 from ..chunking import Round
 from ..layers import Weights, attention, causal_mask
 from ..machine import keep_memory, peak_memory, resident_memory
@@ -41,8 +44,10 @@ __all__ = [
     "Timed",
     "chunk_work",
     "in_its_own_process",
+    "literal_work",
     "matmul_peak",
     "measure_attention",
+    "measure_compiled",
     "measure_decoding",
     "measure_graph",
     "measure_lengths",
@@ -204,6 +209,17 @@ def chunk_work(config: CoMeTConfig) -> float:
     return (layers - 1) * whole + top + layers * slots * key_value
 
 
+def literal_work(config: CoMeTConfig) -> float:
+    """Those of the literal schedule: every slot of a row goes through all of every layer."""
+    backbone, memory = config.backbone, config.memory
+    d, e, f = backbone.hidden_size, backbone.head_dim, backbone.intermediate_size
+    h, k = backbone.num_attention_heads, backbone.num_key_value_heads
+    kept = -(-memory.chunk_size // memory.compression_stride) + memory.global_memory_size
+    row = memory.global_slots + memory.temporary_memory_size + memory.chunk_size + kept
+    slot = 2 * (2 * d * (h + k) * e + 3 * d * f)
+    return backbone.num_hidden_layers * (row * slot + 4 * h * e * row * (row + 1) / 2)
+
+
 def matmul_peak(config: CoMeTConfig, batch_size: int, rounds: int) -> float:
     """Operations per second of the layer's matrix products alone, at a chunk's shapes.
 
@@ -256,7 +272,12 @@ def _steady_state(case: Case) -> CoMeTState:
 
 
 def _read_chunks(
-    ids: Tensor, state: CoMeTState, params: Weights, config: CoMeTConfig, outputs: str
+    ids: Tensor,
+    state: CoMeTState,
+    params: Weights,
+    config: CoMeTConfig,
+    outputs: str,
+    layers: Callable[..., Any] = run_layers,
 ) -> Tensor:
     """Read whole chunks, each closed: [b, w, d] of the last one, see `run_row`."""
     b, size = len(ids), config.memory.chunk_size
@@ -271,6 +292,7 @@ def _read_chunks(
             plan=plan,
             outputs=outputs,
             layouts=layouts,
+            layers=layers,
         )
         state = part.state
     return part.hidden
@@ -314,6 +336,46 @@ def measure_prefill(case: Case, chunks: int) -> dict[str, float | dict[str, list
         "work": case.batch_size * chunks * chunk_work(config),
         "peak": peak,
     }
+
+
+def measure_compiled(case: Case, chunks: int, what: str) -> dict[str, Any]:
+    """Whole chunks, both memories full: as written, compiled, and literally.
+
+    Args:
+        case: what to measure.
+        chunks: chunks of a turn.
+        what: "reading", or "training": forward and backward, through every chunk.
+
+    Returns:
+        "seconds" of each contestant, "tokens" of a turn, and the seconds that the compiled one took
+        the "first" time.
+
+    Raises:
+        AssertionError: the contestants do not agree.
+    """
+    config = case.config
+    model, state, trains = CoMeTModel(config), _steady_state(case), what == "training"
+    size = (case.batch_size, chunks * config.memory.chunk_size)
+    ids = torch.randint(config.backbone.vocab_size, size)
+    model.compile()
+    compiled, weights, outputs = model._layers, model.weights, "all" if trains else "last"
+    contestants: dict[str, Callable[[], Tensor]] = {
+        "compiled": lambda: _read_chunks(ids, state, weights, config, outputs, compiled),
+        "ours": lambda: _read_chunks(ids, state, weights, config, outputs),
+        "literal": lambda: read_literal(ids, weights, config, state, True),
+    }
+    turns = {name: _step(model, run) if trains else run for name, run in contestants.items()}
+    with torch.set_grad_enabled(trains):
+        # What another process has compiled before does not count.
+        with tempfile.TemporaryDirectory() as os.environ["TORCHINDUCTOR_CACHE_DIR"]:
+            start = time.perf_counter()
+            turns["compiled"]()
+            first = time.perf_counter() - start
+        last = {name: run()[:, -1].detach() for name, run in contestants.items()}
+        for name, hidden in last.items():
+            torch.testing.assert_close(hidden, last["ours"], rtol=1e-3, atol=1e-3, msg=name)
+        timed = take_turns(turns, case.rounds)
+    return {"seconds": timed.seconds, "tokens": float(ids.numel()), "first": first}
 
 
 def measure_lengths(case: Case, lengths: Sequence[int]) -> dict[int, dict[str, list[float]]]:
@@ -390,18 +452,21 @@ def measure_training(case: Case, chunks: int) -> dict[str, list[float]]:
     size = (case.batch_size, chunks * config.memory.chunk_size)
     ids = torch.randint(config.backbone.vocab_size, size)
 
-    def train(run: Callable[[], Tensor]) -> Callable[[], object]:
-        def step() -> None:
-            model.zero_grad()
-            run().square().mean().backward()
-
-        return step
-
     contestants = {
-        "ours": train(lambda: _read_chunks(ids, state, model.weights, config, "all")),
-        "literal": train(lambda: read_literal(ids, model.weights, config, state, True)),
+        "ours": _step(model, lambda: _read_chunks(ids, state, model.weights, config, "all")),
+        "literal": _step(model, lambda: read_literal(ids, model.weights, config, state, True)),
     }
     return take_turns(contestants, case.rounds).seconds
+
+
+def _step(model: CoMeTModel, run: Callable[[], Tensor]) -> Callable[[], object]:
+    """A training step: forward, and backward of the last token's output."""
+
+    def step() -> None:
+        model.zero_grad()
+        run().square().mean().backward()
+
+    return step
 
 
 def measure_attention(case: Case, sizes: Sequence[int]) -> list[dict[str, list[float]]]:

@@ -10,6 +10,8 @@ such prose, half of them with a key at its start, half without one. Then three k
 - **late**: a state without a key reads one, and is asked for it.
 - **fresh**: a new state reads a key that a border cuts, and is asked for it; and every byte is
   predicted, so that the model does not forget how to read.
+
+Some of the texts are the published filler, so that keys in it are not forgotten either.
 """
 
 from __future__ import annotations
@@ -88,6 +90,12 @@ class Options:
     cut: float = 0.7
     """Share of chunks' borders that are put into a distractor."""
 
+    filler: float = 0.15
+    """Share of texts that are the published filler, which has no distractors."""
+
+    short: float = 0.0
+    """Share of new keys that are as likely of few digits as of many; others are drawn evenly."""
+
 
 class KeepingKeys(Task):
     """The task, of a model that `PassKey` has trained.
@@ -134,11 +142,13 @@ class KeepingKeys(Task):
         options: Options,
         key: int | None = None,
     ) -> bytes:
-        """Prose with distractors that borders cut, and with a key at its start."""
+        """Prose with distractors that borders cut, or the published filler; a key at its start."""
         size, spacing = self.model.config.memory.chunk_size, float(rng.choice(options.spacings))
         text = bytearray()
         if key is not None:
             text += f"\n{passkey.INFORMATION.format(key=key)}\n".encode()
+        if rng.random() < options.filler:
+            return bytes(text + _filler(length, rng))[:length]
 
         def fill(end: int) -> None:
             """Go on to the word that ends there, or before."""
@@ -194,7 +204,7 @@ class KeepingKeys(Task):
         if held:
             own = after.select([i for i, row in enumerate(rows) if row < len(keys)])
             loss = loss + options.answer_weight * self._answer(
-                own, [keys[row] for row in held], rng
+                own, [keys[row] for row in held], rng, options
             )
         self.told = {"lacks": lacks.item(), "change": float(moved.mean())}
         return loss, rows, after
@@ -204,7 +214,7 @@ class KeepingKeys(Task):
     ) -> Tensor:
         """The loss of keys that are read now and asked for; of every byte too where they are fresh."""
         size = self.model.config.memory.chunk_size
-        keys = [passkey.draw_number(rng, "train") for _ in range(self.settings.batch_size)]
+        keys = [_draw_key(rng, options.short) for _ in range(self.settings.batch_size)]
         texts = []
         for key in keys:
             said = f"\n{passkey.INFORMATION.format(key=key)}\n".encode()
@@ -218,16 +228,21 @@ class KeepingKeys(Task):
         ids = ids.to(self.model.device)
         out = self.model(ids, labels=ids, state=state, logits="none")
         assert out.loss is not None  # there are labels
-        answer = self._answer(self.model.close_chunk(out.state), keys, rng)
+        answer = self._answer(self.model.close_chunk(out.state), keys, rng, options)
         self.told = {"fresh" if state is None else "late": answer.item()}
         return answer if state is not None else answer + options.language_weight * out.loss
 
-    def _answer(self, state: CoMeTState, keys: Sequence[int], rng: np.random.Generator) -> Tensor:
-        """The loss of keys, asked for after a little prose, some of them without the queue."""
+    def _answer(
+        self, state: CoMeTState, keys: Sequence[int], rng: np.random.Generator, options: Options
+    ) -> Tensor:
+        """The loss of keys, asked for after a little text, some of them without the queue."""
         if rng.random() < 0.5:
             state = state.forget_temporary()
         size = self.model.config.memory.chunk_size
-        before = b"".join(passkey.prose(int(rng.integers(size)), self.haystack, rng, 1e9, "train"))
+        length = int(rng.integers(size))
+        before = b"".join(passkey.prose(length, self.haystack, rng, 1e9, "train"))
+        if rng.random() < options.filler:
+            before = _filler(length, rng)
         asked = passkey.encode(before + f"\n{passkey.QUESTION}".encode())
         said = [passkey.encode(passkey.ANSWER.format(key=key)) for key in keys]
         lengths = [len(asked) + len(answer) for answer in said]
@@ -261,7 +276,7 @@ class KeepingKeys(Task):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Writes in a million bytes of training prose, and the share of late keys taken up there."""
-        options, rng = Options(cut=0.0, spacings=(1500.0,)), np.random.default_rng(0)
+        options, rng = Options(cut=0.0, spacings=(1500.0,), filler=0.0), np.random.default_rng(0)
         size = self.model.config.memory.chunk_size
         texts = [self._prose(256 * size, rng, options) for _ in range(16)]
         writes = sum(len(found) for _, found in find_writes(self.model, texts, size))
@@ -275,6 +290,23 @@ class KeepingKeys(Task):
         taken = np.mean([a == b for a, b in zip(right, keys, strict=True)])
         read = sum(map(len, texts)) / 1e6
         return {"writes": writes / read, "late": float(taken)}
+
+
+def _draw_key(rng: np.random.Generator, short: float) -> int:
+    """A key to be read; see `Options.short`."""
+    key = passkey.draw_number(rng, "train")
+    if rng.random() < short:
+        size = int(rng.integers(1, len(str(passkey.LARGEST_KEY)) + 1))
+        while len(str(key)) != size:
+            key = passkey.draw_number(rng, "train") % 10**size
+            key += key % passkey.HELD_OUT == 0
+    return key
+
+
+def _filler(length: int, rng: np.random.Generator) -> bytes:
+    """The published filler, from any place in it."""
+    start = int(rng.integers(len(passkey.FILLER)))
+    return b"".join(passkey.filler(start + length))[start:]
 
 
 def _distractor(rng: np.random.Generator) -> bytes:
