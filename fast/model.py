@@ -329,7 +329,7 @@ class CoMeTModel(nn.Module):
         """Compile the layers of a round, in place: from now on calls, windows, generation and backward
         passes run what `torch.compile` makes of `cells.run_layers`, one graph for each kind of round.
 
-        The first calls take a minute or more: a steady stream has a few kinds of rounds, and one
+        The first calls take 20 seconds to a minute: a steady stream has a few kinds of rounds, and one
         whose sizes have changed once is compiled for all sizes. Where somebody watches or
         `recompute` is "cells", layers run as written. A copy of the model is not compiled.
 

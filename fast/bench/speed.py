@@ -210,7 +210,9 @@ def chunk_work(config: CoMeTConfig) -> float:
 
 
 def literal_work(config: CoMeTConfig) -> float:
-    """Those of the literal schedule: every slot of a row goes through all of every layer."""
+    """Floating-point operations of a chunk in the literal schedule, counted as in `chunk_work`: every
+    slot of a row goes through all of every layer.
+    """
     backbone, memory = config.backbone, config.memory
     d, e, f = backbone.hidden_size, backbone.head_dim, backbone.intermediate_size
     h, k = backbone.num_attention_heads, backbone.num_key_value_heads
