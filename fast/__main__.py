@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--model", help="a checkpoint's folder (default: the shipped model)")
     measure.add_argument("--engine", choices=["cupy", "numpy"], help="run on the engine, on "
                          "arrays of that library (default: PyTorch)")  # fmt: skip
+    measure.add_argument(
+        "--dtype", choices=reading.DTYPES, help="to compute in (default: the model's)"
+    )
     measure.add_argument("--haystack", help="a text file (default: the built-in text)")
     measure.add_argument("--out", type=Path, help="folder for results and pictures")
     measure.add_argument("--diagnose", action="store_true", help="instead, tell what writes to the "
@@ -355,6 +358,7 @@ def _measure(args: argparse.Namespace) -> None:
         args.model,
         args.engine,
         args.haystack,
+        args.dtype,
     )
     file = None if args.out is None else args.out / f"{args.variant}.json"
     passkey_report.check(args.lengths, setting, args.out, args.variant)

@@ -36,9 +36,8 @@ def untraced(*, recursive: bool = True) -> Callable[[F], F]:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if not found and "torch._dynamo" in sys.modules:
-                for one in _WAITING:  # all at once: frames like this one are traced until then
-                    one()
-                _WAITING.clear()
+                # All at once: frames like this one are traced until then.
+                torch.compiler.disable(_leave_out_all)()
             return (found[0] if found else function)(*args, **kwargs)
 
         def leave_out() -> None:
@@ -56,6 +55,13 @@ def untraced(*, recursive: bool = True) -> Callable[[F], F]:
 
 _WAITING: list[Callable[[], None]] = []
 """What is to be done once the compiler is loaded."""
+
+
+def _leave_out_all() -> None:
+    for one in _WAITING:
+        one()
+    _WAITING.clear()
+
 
 replace = untraced()(dataclasses.replace)
 """`dataclasses.replace`, of what holds counts and tensors: tracing it gains nothing, and the compiler

@@ -62,18 +62,19 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
-def linear(x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     """The linear map W x + b over the last axis. Twin of `reference.layers.linear`.
 
     Args:
         x: [..., i] any float dtype.
-        weight: [o, i] of the same dtype, or a module that computes the map, its bias included.
+        weight: [o, i] of the same dtype; or what computes the map when it is called, its bias included,
+            such as a module.
         bias: [o] or None; that of a tensor.
 
     Returns:
         [..., o].
     """
-    if isinstance(weight, nn.Module):
+    if not isinstance(weight, Tensor):
         if not _is_bare(weight):
             return weight(x)
         own: dict[str, Any] = weight._parameters
@@ -102,7 +103,7 @@ def _multiply_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias
 
 
-def _is_bare(module: nn.Module) -> bool:
+def _is_bare(module: Any) -> bool:
     """Whether to call a module is to multiply by its weight and no more: without hooks, or anything
     in its place. The call alone takes as long as a small product, so it is left out then.
     """
@@ -140,7 +141,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
     Args:
         x: [..., d] any float dtype; the statistic is computed in float32 or wider.
-        weight: [d].
+        weight: [d], or of any shape that multiplies x.
         eps: added to the mean square; None is the computing dtype's machine epsilon.
 
     Returns:
@@ -149,7 +150,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     wide = widen(x)
     if eps is None:
         eps = torch.finfo(wide.dtype).eps
-    if wide is x:
+    if wide is x and weight.dim() == 1:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return F.rms_norm(wide, x.shape[-1:], None, eps).to(x.dtype) * weight
 

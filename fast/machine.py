@@ -18,12 +18,26 @@ def machine(how: str) -> str:
     Args:
         how: processes and threads, in words.
     """
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].partition(":")[2].strip() if names else name
+    told = _processor()
+    name = told.get("model name") or platform.processor() or platform.machine()
+    flags = told.get("flags", "").split()
+    units = [unit for flag, unit in UNITS.items() if flag in flags]
+    name += f" with {' and '.join(units)}" if units else " without AMX" if flags else ""
     return f"{name}, {how}, Python {platform.python_version()}, torch {version('torch')}"
+
+
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512_fp16": "AVX512-FP16"}
+"""What of a processor makes products of half types fast, by its flag."""
+
+
+def _processor() -> dict[str, str]:
+    """What Linux tells of the first processor, by name; nothing elsewhere."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return {}
+    first = info.read_text().partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def threads() -> str:

@@ -22,6 +22,7 @@ from .arrays import FLOATS, dtype_name, shown, to_host
 from .cells import Recompute, recompute, run_layers
 from .checkpoints import check_weights, load_checkpoint, save_checkpoint
 from .compiling import untraced
+from .diagonal import stack_layers
 from .inputs import (
     IGNORE,
     MOST_STREAMS,
@@ -388,6 +389,7 @@ class CoMeTModel(nn.Module):
         backprop_chunks: int | None = None,
         *,
         recompute: str = "none",
+        diagonal: bool = False,
         recorder: Recorder | None = None,
     ) -> CoMeTOutput:
         """Read text.
@@ -417,6 +419,10 @@ class CoMeTModel(nn.Module):
                 memories before it are kept, of queues what each chunk puts in. `backward` is
                 called without `inputs` then. "host": the same, and they are kept in the host's
                 memory. With any of them the logits of a loss are held for a few tokens at a time.
+            diagonal: read whole chunks along diagonals, each layer one chunk ahead of the next, and so
+                all layers at once: the same numbers, sooner where a model is small and texts are few.
+                It begins where memories are full. Weights are copied side by side at every call, and
+                top outputs are computed all, so give it long texts.
             recorder: what watches, see `Recorder`.
 
         Returns:
@@ -426,7 +432,8 @@ class CoMeTModel(nn.Module):
             ValueError: an argument does not fit; the message says which, and what would.
         """
         ids, state, targets, options = self._check_reading(
-            ids, labels, lengths, state, chunk_sizes, backprop_chunks, recompute, recorder
+            *(ids, labels, lengths, state, chunk_sizes, backprop_chunks, recompute, diagonal),
+            recorder,
         )
         check_choice("logits", logits, ("all", "last", "none"))
         params, config = self.weights, self.config
@@ -464,6 +471,7 @@ class CoMeTModel(nn.Module):
         *,
         backprop_chunks: int,
         recompute: str = "none",
+        diagonal: bool = False,
     ) -> Iterator[CoMeTWindow]:
         """Read a text of any length for training, a window of chunks at a time.
 
@@ -485,7 +493,7 @@ class CoMeTModel(nn.Module):
                 memory**: the readout embeddings, the norm and the gate of the global memory, and
                 the norm and the adapter of the temporary memory get no gradient, or one of zero. 2
                 trains all parameters, to remember one chunk back.
-            recompute: as in a call.
+            recompute, diagonal: as in a call.
 
         Yields:
             A `CoMeTWindow` each. In a ragged batch, those with no text left wait, as do those
@@ -498,7 +506,7 @@ class CoMeTModel(nn.Module):
         check_count("backprop_chunks", backprop_chunks, 1)
         check_kind("labels", labels, Tensor, "a tensor like ids, such as ids itself")
         ids, state, targets, options = self._check_reading(
-            ids, labels, lengths, state, chunk_sizes, backprop_chunks, recompute
+            ids, labels, lengths, state, chunk_sizes, backprop_chunks, recompute, diagonal
         )
         assert targets is not None  # there are labels
         options["finish"] = partial(self._score, targets, recompute, False)
@@ -534,6 +542,7 @@ class CoMeTModel(nn.Module):
         chunk_sizes: Sequence[int] | None,
         backprop_chunks: int | None,
         recompute: str,
+        diagonal: bool,
         recorder: Recorder | None = None,
     ) -> tuple[Tensor, CoMeTState, Tensor | None, dict[str, Any]]:
         """What `forward` and `windows` take, checked.
@@ -553,6 +562,12 @@ class CoMeTModel(nn.Module):
             targets = F.pad(shift_labels(labels, sizes), (0, 1), value=IGNORE)
         check_choice("recompute", recompute, tuple(RECOMPUTE))
         rereads = recompute in ("chunks", "host")
+        check_flag("diagonal", diagonal)
+        if diagonal and (recompute != "none" or recorder is not None):
+            other = "a recorder" if recorder is not None else f"recompute={recompute!r}"
+            raise ValueError(
+                f"diagonal=True with {other}, which goes chunk by chunk; give one of the two."
+            )
         options: dict[str, Any] = {
             "chunk_sizes": chunk_sizes,
             "backprop_chunks": backprop_chunks,
@@ -560,6 +575,7 @@ class CoMeTModel(nn.Module):
             "recompute": RECOMPUTE[recompute] if recompute == "cells" else None,
             "reread": Rereader(on_host=recompute == "host") if rereads else None,
             "layers": self._layers,
+            "stacked": stack_layers(self.weights["layers"]) if diagonal else None,
         }
         return ids, for_gradients(state), targets, options
 

@@ -9,7 +9,9 @@ tensors are never written to. Throughout, `params` are a model's weights under t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.config import CoMeTConfig
+from reference.config import CoMeTConfig, MemoryConfig
 
 from .attention import needs_mask
 from .cells import Layout, Recompute, Rotation, Tensors, open_row, run_layers
 from .chunking import Round, plan_rounds
 from .compiling import replace, untraced
+from .diagonal import Stacked, read_diagonals
 from .layers import Weights, causal_mask, for_heads, put_slots, rotary_tables, take_slots
 from .rereading import Rereader
 from .rows import Row, count_memory_slots, count_round, lay_out
@@ -52,6 +55,9 @@ RunLayers = Callable[..., Any]
 
 LAYOUTS = 4
 """Layouts that are kept while a text is read: while queues fill, each chunk has another."""
+
+ALIKE = 64
+"""Chunks that are read along diagonals at a time, at most."""
 
 Layouts = dict[tuple[Any, ...], tuple[Row, Row, Layout]]
 """By what they depend on, if sequences are alike: rows on the host and on the device, and layouts."""
@@ -374,6 +380,7 @@ def read(
     reread: Rereader | None = None,
     finish: Callable[[Reading], Reading] | None = None,
     layers: RunLayers = run_layers,
+    stacked: Stacked | None = None,
 ) -> Iterator[Reading]:
     """Read text, in any pieces. Twin of `reference.stream.read`, a round at a time.
 
@@ -392,6 +399,8 @@ def read(
         reread: reads each round, so that of it a backward pass keeps the memories before it alone.
         finish: what is made of a round, its score for instance, where it is read.
         layers: see `run_row`.
+        stacked: the layers' weights, with which chunks that are alike are read along diagonals; None
+            reads one after another.
 
     Yields:
         Each round's top outputs and state, so that nothing grows with the text.
@@ -401,9 +410,22 @@ def read(
     size = config.memory.chunk_size if roll else None
     text = F.pad(ids, (0, 0) * (ids.dim() - 2) + (0, 1))
     layouts: Layouts = {}
-    for plan in plan_rounds(
+    plans = plan_rounds(
         lengths, state.open_tokens, size, chunk_sizes, state.chunks, backprop_chunks
-    ):
+    )
+    waiting: deque[Round] = deque()
+    while True:
+        waiting.extend(itertools.islice(plans, (1 if stacked is None else ALIKE) - len(waiting)))
+        if not waiting:
+            return
+        alike = 0 if stacked is None else count_alike(state, waiting, config.memory)
+        if stacked is not None and alike > 1:
+            group = [waiting.popleft() for _ in range(alike)]
+            for part in read_alike(text, state, params, config, group, stacked, layouts, outputs):
+                state = part.state
+                yield part if finish is None else finish(part)
+            continue
+        plan = waiting.popleft()
         ends = (plan.take > 0) & (plan.start + plan.take == lengths)
         wanted = "none" if outputs == "last" and not ends.any() else outputs
         one = partial(
@@ -427,6 +449,71 @@ def read(
             part = replace(part, state=_detach_rows(part.state, cut))
         state = part.state
         yield part
+
+
+@untraced()
+def count_alike(state: CoMeTState, plans: Iterable[Round], memory: MemoryConfig) -> int:
+    """How many of the next rounds are whole chunks of one layout: those of full memories.
+
+    Args:
+        state: where the streams stand before them.
+        plans: the rounds, of which one after the other is looked at.
+        memory: of the model.
+    """
+    is_steady = (
+        not state.row_length.any()
+        and (not memory.has_global or (state.chunks > 0).all())
+        and (not memory.has_temporary or (state.queue_length == memory.temporary_memory_size).all())
+    )
+    size, count = None, 0
+    for plan in plans if is_steady else ():
+        size = int(plan.take[0]) if size is None else size
+        whole = (plan.take == size).all() and plan.close.all() and not np.any(plan.cut)
+        if not (size and whole and (plan.start == plan.start[0]).all()):
+            break
+        count += 1
+    return count
+
+
+def read_alike(
+    text: Tensor,
+    state: CoMeTState,
+    params: Weights,
+    config: CoMeTConfig,
+    plans: Sequence[Round],
+    stacked: Stacked,
+    layouts: Layouts,
+    outputs: str,
+) -> Iterator[Reading]:
+    """Rounds of `count_alike`, along diagonals; arguments are as in `run_row`.
+
+    Yields:
+        What `run_row` returns for each. Where no output is asked for, it is computed all the same.
+    """
+    starting = replace(state, row_length=count_memory_slots(state, config.memory))
+    columns = text.shape[1] - 1
+    laid_out, first, layout = _lay_out(
+        starting, plans[0], params, config, "all", columns, True, layouts
+    )
+    rows = [
+        replace(first, columns=first.columns + int(plan.start[0] - plans[0].start[0]))
+        for plan in plans
+    ]
+    chunks = read_diagonals(
+        [take_slots(text, row.columns) for row in rows],
+        first,
+        layout,
+        state.global_state,
+        state.temporary_memory,
+        stacked,
+        params,
+        config,
+    )
+    for plan, row, (hidden, states, queue) in zip(plans, rows, chunks, strict=True):
+        after = replace(starting, global_state=states, temporary_memory=queue)
+        state = _count(after, plan, laid_out, config)
+        starting = replace(state, row_length=count_memory_slots(state, config.memory))
+        yield Reading(hidden if outputs == "all" else hidden[:, :0], row, state, False)
 
 
 def _read_round(

@@ -662,5 +662,23 @@ FAULTS = {
         "trained = [p for p in weights if p.requires_grad][:1]",
         "test_rereading::test_gradients_that_are_asked_for_by_name_are_refused",
     ),
+    "every layer of a diagonal rotated": (
+        "diagonal.py",
+        "zip(*(kinds[still] for still in stand for _ in range(b)), strict=True)",
+        "zip(*(kinds[0] for still in stand for _ in range(b)), strict=True)",
+        "test_diagonal::test_long_texts_are_read_along_diagonals",
+    ),
+    "memories of a diagonal's chunks mixed up": (
+        "diagonal.py",
+        "after[step - i][memory].append(kept[i])",
+        "after[step - first][memory].append(kept[i])",
+        "test_diagonal::test_long_texts_are_read_along_diagonals",
+    ),
+    "a diagonal's first chunk read again by all": (
+        "stream.py",
+        "columns=first.columns + int(plan.start[0] - plans[0].start[0])",
+        "columns=first.columns",
+        "test_diagonal::test_long_texts_are_read_along_diagonals",
+    ),
 }
 """What is wrong: (file of fast/, the right text, the wrong text, the test that notices)."""

@@ -91,12 +91,15 @@ def test_the_bench_runs_and_fills_its_page(tmp_path):
         report.Job("decoding", case, ([64], 2)),
         report.Job("training", case, (1,)),
         report.Job("compiled", case, (2, "reading")),
+        report.Job("diagonal", case, (2, "reading")),
+        report.Job("others", case, ([30], 2)),
+        report.Job("types", case, (1, 2)),
         report.Job("memory", case, (300,)),
     ]
     results = report.run(tmp_path, jobs)
     assert json.loads((tmp_path / "bench.json").read_text())["results"] == results
     parts = report.tables(results)
-    assert list(parts) == ["prefill", "length", "decoding", "training", "compiled", "memory"]
+    assert [*parts] == [job.section for job in jobs]
     for part in parts.values():
         assert len({line.count("|") for line in part.splitlines()}) == 1, part
     assert "131,072 (fitted)" in parts["length"]

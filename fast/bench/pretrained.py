@@ -16,7 +16,7 @@ from reference.config import MemoryConfig
 from ..model import CoMeTModel
 from .speed import Timed, take_turns
 
-__all__ = ["MEMORY", "Measured", "load_theirs", "measure", "table"]
+__all__ = ["MEMORY", "Measured", "decode", "load_theirs", "measure", "table"]
 
 MEMORY = MemoryConfig(chunk_size=1024, global_memory_size=8, temporary_memory_size=256)
 """The memories."""
@@ -68,7 +68,7 @@ def load_theirs(backbone: Path, dtype: torch.dtype) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(backbone, **options).eval()
 
 
-def _decode(model: Any, cache: Any, token: Tensor, new: int) -> Tensor:
+def decode(model: Any, cache: Any, token: Tensor, new: int) -> Tensor:
     """Greedy tokens of transformers' model, [new], by the shortest loop around it."""
     tokens = []
     for _ in range(new):
@@ -85,7 +85,7 @@ def _check_same(backbone: Path, prompt: Tensor, last: Tensor, new: int) -> None:
     alone = CoMeTModel.from_backbone(backbone, plain, torch.float32)
     theirs = load_theirs(backbone, torch.float32)
     cache = theirs(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
-    expected = _decode(theirs, cache, last, new).tolist()
+    expected = decode(theirs, cache, last, new).tolist()
     if alone.generate(last, alone(prompt, logits="none").state, new).ids[0] != expected:
         raise AssertionError("the two models do not choose the same tokens.")
 
@@ -139,7 +139,7 @@ def measure(
 
         def decode_theirs() -> None:
             cache = theirs(input_ids=prompt, use_cache=True, logits_to_keep=1).cache
-            _decode(theirs, cache, last, new)
+            decode(theirs, cache, last, new)
 
         def read_prompt() -> None:
             theirs(input_ids=prompt, use_cache=True, logits_to_keep=1)

@@ -15,7 +15,7 @@ import numpy as np
 from ..drawing import COLOURS, save_figure, style
 from ..files import atomic_write, check_regular, check_writable, put_parts
 from ..machine import machine
-from . import devices, speed
+from . import devices, others, speed
 from .speed import Case, Timed
 
 __all__ = [
@@ -56,6 +56,9 @@ MEASURES: dict[str, Callable[..., Any]] = {
     "decoding": speed.measure_decoding,
     "training": speed.measure_training,
     "compiled": speed.measure_compiled,
+    "diagonal": speed.measure_diagonal,
+    "others": others.measure_others,
+    "types": speed.measure_types,
     "attention": speed.measure_attention,
     "graph": speed.measure_graph,
     "memory": speed.measure_memory,
@@ -99,6 +102,25 @@ JOBS = (
     Job("compiled", Case("5M", "2048/512/2048"), (2, "reading")),
     Job("compiled", Case("5M", "256/32/128"), (4, "training")),
     *(
+        Job("diagonal", Case(backbone, memory, threads=threads, batch_size=texts), (chunks, what))
+        for backbone, memory, threads, texts, chunks, what in (
+            ("small", "128/8/16", 1, 1, 64, "reading"),
+            ("small", "128/8/16", 2, 1, 64, "reading"),
+            ("small", "128/8/16", 2, 2, 64, "reading"),
+            ("small", "128/8/16", 2, 6, 32, "reading"),
+            ("small", "128/8/16", 2, 1, 32, "training"),
+            ("5M", "128/8/16", 2, 1, 32, "reading"),
+            ("5M", "256/32/128", 2, 1, 16, "reading"),
+            ("135M", "128/8/16", 2, 1, 16, "reading"),
+        )
+    ),
+    Job("others", Case("small", "128/8/16", rounds=3), ([1024, 4096, 16384], 64)),
+    Job("others", Case("5M", "256/32/128", rounds=3), ([1024, 4096, 16384], 64)),
+    Job("others", Case("135M", "512/64/256", rounds=2), ([1024, 4096], 16)),
+    Job("types", Case("small", "128/8/16"), (16, 32)),
+    Job("types", Case("5M", "256/32/128"), (4, 32)),
+    Job("types", Case("135M", "512/64/256", rounds=2), (1, 8)),
+    *(
         Job("graph", Case("5M", "256/32/128"), (chunks, kept))
         for kept in speed.KEPT
         for chunks in (8, 16, 32, 64)
@@ -118,6 +140,9 @@ QUICK = (
     Job("attention", Case("small", "128/8/16", rounds=3), ((128, 512),)),
     Job("training", Case("small", "128/8/16", rounds=3), (2,)),
     Job("compiled", Case("small", "128/8/16", rounds=3), (32, "reading")),
+    Job("diagonal", Case("small", "128/8/16", rounds=3), (32, "reading")),
+    Job("others", Case("small", "128/8/16", rounds=2), ([1024], 16)),
+    Job("types", Case("small", "128/8/16", rounds=2), (4, 8)),
     *(Job("graph", Case("small", "128/8/16"), (chunks, "chunks")) for chunks in (8, 64)),
     *(Job("memory", Case("small", "128/8/16"), (length,)) for length in (10_000, 100_000)),
 )
@@ -255,7 +280,10 @@ def _prefill(results: Sequence[dict[str, Any]]) -> str:
     for r in results:
         data, timed = r["result"], Timed(r["result"]["seconds"])
         ours, literal = timed.median("ours"), timed.median("literal")
-        whole_top = timed.median("ours, all of the top layer")
+        without = (
+            f"{timed.median(f'ours, {saving}') / ours:.2f}"
+            for saving in ("all of the top layer", "a layout a chunk", "with a mask")
+        )
         config = Case(r["case"]["backbone"], r["case"]["memory"]).config
         bound = speed.literal_work(config) / speed.chunk_work(config)
         rows.append(
@@ -263,12 +291,12 @@ def _prefill(results: Sequence[dict[str, Any]]) -> str:
             f"{_speed(data['tokens'], timed, 'ours')} | "
             f"{_speed(data['tokens'], timed, 'literal')} | "
             f"**{literal / ours:.2f}** | {bound:.2f} | "
-            f"{whole_top / ours:.2f} | "
+            f"{' | '.join(without)} | "
             f"{data['work'] / ours / data['peak']:.0%} of {data['peak'] / 1e9:,.0f}"
         )
     head = (
         "model | chunk/m/B | memory | ours, tokens/s | literal, tokens/s | ours is faster by | "
-        "by operations | trimmed top | GFLOP/s, of the peak"
+        "by operations | trimmed top | one layout | no mask | GFLOP/s, of the peak"
     )
     return _table(head, rows)
 
@@ -338,6 +366,54 @@ def _compiled(results: Sequence[dict[str, Any]]) -> str:
         "than the literal schedule | first call, s"
     )
     return _table(head, rows)
+
+
+def _diagonal(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        data, timed = r["result"], Timed(r["result"]["seconds"])
+        rows.append(
+            f"{_name(r)} | {r['more'][1]} | {r['case']['threads']} | "
+            f"{_speed(data['tokens'], timed, 'chunks')} | "
+            f"{_speed(data['tokens'], timed, 'diagonals')} | "
+            f"**{timed.median('chunks') / timed.median('diagonals'):.2f}**"
+        )
+    return _table(
+        "model | chunk/m/B | what | threads | chunk after chunk, tokens/s | along diagonals, "
+        "tokens/s | faster by",
+        rows,
+    )
+
+
+def _others(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        for n, found in r["result"].items():
+            for kind, show in (
+                ("reading", lambda s, n=int(n): f"{n / s:,.0f} tokens/s"),
+                ("decoding", lambda s: f"{1e3 * s:.2f} ms"),
+            ):
+                timed = Timed(found[kind])
+                cells = [
+                    show(timed.median(name)) if name in timed.seconds else ""
+                    for name in others.CONTESTANTS
+                ]
+                rows.append(f"{_name(r)} | {int(n):,} | {kind} | {' | '.join(cells)}")
+    return _table(f"model | chunk/m/B | tokens | what | {' | '.join(others.CONTESTANTS)}", rows)
+
+
+def _types(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for r in results:
+        for kind, tokens in r["result"]["tokens"].items():
+            timed = Timed(r["result"][kind])
+            cells = [
+                f"{tokens / timed.median(name):,.0f}"
+                + f" ({timed.median('float32') / timed.median(name):.2f})" * (name != "float32")
+                for name in speed.TYPES
+            ]
+            rows.append(f"{_name(r)} | {kind} | {' | '.join(cells)}")
+    return _table(f"model | chunk/m/B | tokens/s | {' | '.join(speed.TYPES)}", rows)
 
 
 def _attention(results: Sequence[dict[str, Any]]) -> str:
@@ -438,6 +514,9 @@ TABLES = {
     "decoding": _decoding,
     "training": _training,
     "compiled": _compiled,
+    "diagonal": _diagonal,
+    "others": _others,
+    "types": _types,
     "attention": _attention,
     "graph": _graph,
     "memory": _memory,

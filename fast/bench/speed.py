@@ -28,11 +28,12 @@ from torch import Tensor
 from reference.config import BackboneConfig, CoMeTConfig, MemoryConfig
 
 from ..attention import attend_after
-from ..cells import run_layers
+from ..cells import Layout, run_layers
 from ..chunking import Round
 from ..layers import Weights, attention, causal_mask
 from ..machine import keep_memory, peak_memory, resident_memory
 from ..model import CoMeTModel
+from ..rows import Row
 from ..state import CoMeTState
 from ..stream import Layouts, new_state, run_row
 from .literal import read_literal
@@ -49,11 +50,13 @@ __all__ = [
     "measure_attention",
     "measure_compiled",
     "measure_decoding",
+    "measure_diagonal",
     "measure_graph",
     "measure_lengths",
     "measure_memory",
     "measure_prefill",
     "measure_training",
+    "measure_types",
     "take_turns",
 ]
 
@@ -72,6 +75,9 @@ MEMORIES = {
 }
 """Settings: chunk size / global slots m / queue B, stride 8. The last is the published one."""
 
+
+TYPES = ("float32", "bfloat16", "float16")
+"""What a model may compute in, see `measure_types`."""
 
 KEPT = ("all", "cells", "chunks", "windows")
 """What is kept for a backward pass, see `measure_graph`."""
@@ -280,8 +286,14 @@ def _read_chunks(
     config: CoMeTConfig,
     outputs: str,
     layers: Callable[..., Any] = run_layers,
+    *,
+    laid_out_anew: bool = False,
 ) -> Tensor:
-    """Read whole chunks, each closed: [b, w, d] of the last one, see `run_row`."""
+    """Read whole chunks, each closed: [b, w, d] of the last one, see `run_row`.
+
+    Args:
+        laid_out_anew: whether each chunk gets a layout of its own.
+    """
     b, size = len(ids), config.memory.chunk_size
     plan = Round(np.zeros(b, np.int64), np.full(b, size), np.ones(b, dtype=bool))
     layouts: Layouts = {}
@@ -293,11 +305,25 @@ def _read_chunks(
             config,
             plan=plan,
             outputs=outputs,
-            layouts=layouts,
+            layouts=None if laid_out_anew else layouts,
             layers=layers,
         )
         state = part.state
     return part.hidden
+
+
+class _Masked:
+    """`run_layers` whose attention gets a mask, however long the rows are."""
+
+    def __init__(self) -> None:
+        self.layout: Layout | None = None
+
+    def __call__(self, text: Tensor, row: Row, layout: Layout, *args: Any, **kwargs: Any) -> Any:
+        if self.layout is None:
+            length = int(row.positions[0, -1]) + 1
+            mask = causal_mask(row.positions, length, torch.float32)
+            self.layout = dataclasses.replace(layout, mask=mask, past=None)
+        return run_layers(text, row, self.layout, *args, **kwargs)
 
 
 def measure_prefill(case: Case, chunks: int) -> dict[str, float | dict[str, list[float]]]:
@@ -325,6 +351,12 @@ def measure_prefill(case: Case, chunks: int) -> dict[str, float | dict[str, list
         contestants = {
             "ours": lambda: _read_chunks(ids, state, weights, config, "last"),
             "ours, all of the top layer": lambda: _read_chunks(ids, state, weights, config, "all"),
+            "ours, a layout a chunk": lambda: _read_chunks(
+                ids, state, weights, config, "last", laid_out_anew=True
+            ),
+            "ours, with a mask": lambda: _read_chunks(
+                ids, state, weights, config, "last", _Masked()
+            ),
             "literal": lambda: read_literal(ids, weights, config, state, True),
         }
         last = {name: run()[:, -1] for name, run in contestants.items()}
@@ -378,6 +410,66 @@ def measure_compiled(case: Case, chunks: int, what: str) -> dict[str, Any]:
             torch.testing.assert_close(hidden, last["ours"], rtol=1e-3, atol=1e-3, msg=name)
         timed = take_turns(turns, case.rounds)
     return {"seconds": timed.seconds, "tokens": float(ids.numel()), "first": first}
+
+
+def measure_types(case: Case, chunks: int, new: int) -> dict[str, Any]:
+    """Reading whole chunks from full memories, and decoding after them, in each dtype.
+
+    Args:
+        case: what to measure.
+        chunks: chunks of a turn.
+        new: tokens to decode in a turn.
+
+    Returns:
+        "reading" and "decoding": seconds of each dtype, and the "tokens" of a turn of each.
+    """
+    state, size = _steady_state(case), chunks * case.config.memory.chunk_size
+    ids = torch.randint(case.config.backbone.vocab_size, (case.batch_size, size))
+    readers: dict[str, Callable[[], object]] = {}
+    writers: dict[str, Callable[[], object]] = {}
+    with torch.no_grad():
+        for name in TYPES:
+            dtype = getattr(torch, name)
+            model = CoMeTModel(case.config, dtype=dtype)
+            own = state.map_tensors(partial(Tensor.to, dtype=dtype))
+            readers[name] = partial(model, ids, state=own, logits="last")
+            writers[name] = partial(model.generate, ids[:, :1], own, new)
+        reading = take_turns(readers, case.rounds)
+        decoding = take_turns(writers, case.rounds)
+    tokens = {"reading": ids.numel(), "decoding": new * case.batch_size}
+    return {"reading": reading.seconds, "decoding": decoding.seconds, "tokens": tokens}
+
+
+def measure_diagonal(case: Case, chunks: int, what: str) -> dict[str, Any]:
+    """Whole chunks from full memories: one after another, and along diagonals.
+
+    Args:
+        case: what to measure.
+        chunks: chunks of a turn.
+        what: "reading", or "training": forward and backward, through every chunk.
+
+    Returns:
+        "seconds" of each, and "tokens" of a turn.
+
+    Raises:
+        AssertionError: the two do not agree.
+    """
+    model, state, trains = CoMeTModel(case.config), _steady_state(case), what == "training"
+    size = chunks * case.config.memory.chunk_size
+    ids = torch.randint(case.config.backbone.vocab_size, (case.batch_size, size))
+
+    def read(diagonal: bool) -> Tensor:
+        out = model(ids, state=state, logits="last", diagonal=diagonal)
+        assert out.logits is not None  # they are asked for
+        return out.logits
+
+    contestants = {"chunks": partial(read, False), "diagonals": partial(read, True)}
+    turns = {name: _step(model, run) if trains else run for name, run in contestants.items()}
+    with torch.set_grad_enabled(trains):
+        last = [run().detach() for run in contestants.values()]
+        torch.testing.assert_close(last[1], last[0], rtol=1e-3, atol=1e-3)
+        timed = take_turns(turns, case.rounds)
+    return {"seconds": timed.seconds, "tokens": float(ids.numel())}
 
 
 def measure_lengths(case: Case, lengths: Sequence[int]) -> dict[int, dict[str, list[float]]]:

@@ -283,15 +283,16 @@ def found(model: CoMeTModel | CoMeTEngine, examples: Sequence[Example]) -> list[
 
 
 def load_model(
-    folder: str | Path | None = None, engine: str | None = None
+    folder: str | Path | None = None, engine: str | None = None, dtype: str | None = None
 ) -> CoMeTModel | CoMeTEngine:
     """A trained model.
 
     Args:
         folder: of a checkpoint; None is the model that comes with the package.
         engine: the engine's library, "cupy" or "numpy"; None is PyTorch's model.
+        dtype: to compute in, "bfloat16" for instance; None is the checkpoint's.
     """
     folder = SHIPPED if folder is None else Path(folder)
     if engine is None:
-        return CoMeTModel.from_pretrained(folder)
-    return CoMeTEngine.from_pretrained(folder, library=engine)
+        return CoMeTModel.from_pretrained(folder, None if dtype is None else getattr(torch, dtype))
+    return CoMeTEngine.from_pretrained(folder, library=engine, dtype=dtype)

@@ -79,6 +79,9 @@ class Setting:
     haystack: str | None = None
     """A text file for the prose variant; None is the built-in text's test split."""
 
+    dtype: str | None = None
+    """"bfloat16" for instance, to compute in; None is the checkpoint's."""
+
     @property
     def shares(self) -> int:
         """Processes that get a depth."""
@@ -182,7 +185,7 @@ def _set_up(barrier: Barrier) -> None:
 
 def _measure_part(setting: Setting, length: int, part: int) -> Part:
     """Every `shares`th depth from the `part`th on, in a process of its own."""
-    model = passkey.load_model(setting.model, setting.engine)
+    model = passkey.load_model(setting.model, setting.engine, setting.dtype)
     haystack = passkey.read_haystack(setting.haystack) if setting.variant == "prose" else None
     rng = np.random.default_rng([setting.seed, length])
     mine = slice(part, None, setting.shares)
