@@ -28,6 +28,7 @@ from .inputs import MOST, check_choice, check_count
 from .machine import keep_memory, machine, threads
 from .model import CoMeTModel
 from .tasks import (
+    harness,
     memories,
     memories_report,
     passkey,
@@ -35,6 +36,7 @@ from .tasks import (
     passkey_keeping,
     passkey_recipe,
     passkey_report,
+    synthetic,
 )
 from .tasks.passkey_keeping import KeepingKeys
 from .tasks.passkey_training import PassKey
@@ -134,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
                        "read (default: %(default)s)")  # fmt: skip
     begin.set_defaults(run=_starts)
 
+    for name, kind in synthetic.TASKS.items():
+        _add_evaluation(tasks, name, kind)
+
     bench = commands.add_parser("bench", help="measure speed and memory, side by side")
     bench.add_argument("what", nargs="?", choices=["pipeline"], help="instead, training steps that "
                        "two worker processes share")  # fmt: skip
@@ -221,6 +226,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_evaluation(tasks: Any, name: str, kind: Any) -> None:
+    """A task of the harness."""
+    told = " ".join((kind.__doc__ or "").split())
+    known = ", ".join(f"{option.name}={option.default}" for option in dataclasses.fields(kind))
+    command = tasks.add_parser(name, help=told.partition(". ")[0], description=told)
+    _add_source(command)
+    defaults = harness.Setting
+    command.add_argument("--lengths", type=int, nargs="+", default=list(defaults.lengths),
+                         metavar="N", help="tokens of the texts (default: %(default)s)")  # fmt: skip
+    command.add_argument("--samples", type=int, default=defaults.samples, metavar="N", help="texts of "
+                         "each length (default: %(default)s)")  # fmt: skip
+    command.add_argument("--batch-size", type=int, default=defaults.batch_size, metavar="N",
+                         help="texts read side by side (default: %(default)s)")  # fmt: skip
+    command.add_argument("--texts-seed", type=int, default=defaults.seed, metavar="N", help="of the "
+                         "texts (default: %(default)s)")  # fmt: skip
+    command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of the "
+                         f"task: {known}")  # fmt: skip
+    command.add_argument("--out", type=Path, help="folder for the answers and a picture; a run that "
+                         "was stopped goes on from there")  # fmt: skip
+    command.set_defaults(run=_evaluate)
+
+
 MEMORY = MemoryConfig(chunk_size=1024, global_memory_size=8, temporary_memory_size=256)
 """Of a backbone's memories, where they are fresh."""
 
@@ -242,6 +269,25 @@ def _memory(args: argparse.Namespace, memory: MemoryConfig) -> MemoryConfig:
     return dataclasses.replace(memory, **given)
 
 
+def _add_model(command: argparse.ArgumentParser, moved: str = "") -> None:
+    """Options for a model that is there: required, unless something else tells of it."""
+    kind = command.add_mutually_exclusive_group(required=not moved)
+    kind.add_argument("--backbone", metavar="SOURCE", help="a pretrained model's folder or GGUF "
+                      f"file{moved}")  # fmt: skip
+    kind.add_argument("--model", metavar="FOLDER", help="a checkpoint of CoMeT's, with its "
+                      f"tokenizer{moved}")  # fmt: skip
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    """Options for what reads: see `_source`."""
+    _add_model(command)
+    _add_sizes(command, MEMORY)
+    command.add_argument("--memories", metavar="FILE", help="a backbone's memories, of `train "
+                         "memories` (default: fresh ones)")  # fmt: skip
+    command.add_argument("--seed", type=int, help="of a backbone's memories (default: 0)")
+    command.add_argument("--dtype", choices=reading.DTYPES, help="to read in (default: the files')")
+
+
 def _add_reading(commands: Any) -> None:
     """The commands that read a document and answer questions about it."""
     read = commands.add_parser("read", help="read a document into a state; goes on where it "
@@ -249,11 +295,7 @@ def _add_reading(commands: Any) -> None:
     read.add_argument("document", type=Path, metavar="DOCUMENT", help="a text, UTF-8")
     read.add_argument("--save", type=Path, metavar="STATE", required=True, help="file of the state "
                       "and of the place in the document; saved every minute")  # fmt: skip
-    _add_sizes(read, MEMORY)
-    read.add_argument("--memories", metavar="FILE", help="a backbone's memories, of `train "
-                      "memories` (default: fresh ones)")  # fmt: skip
-    read.add_argument("--seed", type=int, help="of a backbone's memories (default: 0)")
-    read.add_argument("--dtype", choices=reading.DTYPES, help="to read in (default: the files')")
+    _add_source(read)
     read.add_argument("--loss", action="store_true", help="predict every token too, for the table")
     read.add_argument("--report", type=Path, metavar="FILE", help="write the table's numbers to "
                       "this file, as JSON")  # fmt: skip
@@ -270,12 +312,7 @@ def _add_reading(commands: Any) -> None:
     ask.add_argument("--save", type=Path, metavar="STATE", help="file of the state after the answer, "
                      "to go on with (default: none)")  # fmt: skip
     ask.set_defaults(run=_ask)
-    for command, moved in ((read, ""), (ask, ", where it has moved")):
-        kind = command.add_mutually_exclusive_group(required=command is read)
-        kind.add_argument("--backbone", metavar="SOURCE", help="a pretrained model's folder or GGUF "
-                          f"file{moved}")  # fmt: skip
-        kind.add_argument("--model", metavar="FOLDER", help="a checkpoint of CoMeT's, with its "
-                          f"tokenizer{moved}")  # fmt: skip
+    _add_model(ask, ", where it has moved")
 
 
 NUMBERS = {
@@ -288,6 +325,9 @@ NUMBERS = {
     "answer": (0, MOST),
     "max_new_tokens": (1, MOST),
     "windows": (1, MOST),
+    "samples": (1, MOST),
+    "batch_size": (1, MOST),
+    "texts_seed": (0, MOST),
 }
 """Options that are integers: the least and the most."""
 
@@ -421,6 +461,36 @@ def _watch(args: argparse.Namespace) -> None:
             server.serve_forever()
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    source, options = _source(args), dict[str, Any]()
+    for change in args.set:
+        training.put(options, change)
+    task = training.fit(synthetic.TASKS[args.task], options, "--set")
+    setting = harness.Setting(
+        args.task,
+        source.path,
+        dataclasses.asdict(task),
+        tuple(args.lengths),
+        args.samples,
+        args.batch_size,
+        args.texts_seed,
+    )
+    files = (
+        [None, None]
+        if args.out is None
+        else [args.out / f"{args.task}.{x}" for x in ("jsonl", "png")]
+    )
+    for file in files:
+        if file is not None:
+            check_writable(file)
+    keep_memory()
+    model, words = source.open()
+    scored = harness.evaluate(task, setting, model, words, files[0], model.device)
+    print(f"\n{harness.table(scored)}\n\n{machine(threads())}")
+    if files[1] is not None:
+        print(f"wrote {files[0]}\nwrote {harness.draw(scored, args.task, files[1])}")
+
+
 def _starts(args: argparse.Namespace) -> None:
     results = []
     for result in starts.measure_starts(args.backbone, args.text, args.windows):
@@ -480,7 +550,8 @@ def _compare(args: argparse.Namespace) -> None:
         print(f"wrote {memories_report.draw(results, setting, args.out / 'memories.png')}")
 
 
-def _read(args: argparse.Namespace) -> None:
+def _source(args: argparse.Namespace) -> reading.Source:
+    """The model that options name."""
     own = [name for name in (*SIZES, "seed") if getattr(args, name) is not None]
     given = "--model" if args.model is not None else "--memories" if args.memories else None
     if given is not None and own:
@@ -494,7 +565,11 @@ def _read(args: argparse.Namespace) -> None:
     elif args.model is None:
         memory = _memory(args, MEMORY)
     path = os.path.abspath(args.backbone if args.model is None else args.model)
-    source = reading.Source(path, memory, args.seed or 0, args.dtype)
+    return reading.Source(path, memory, args.seed or 0, args.dtype)
+
+
+def _read(args: argparse.Namespace) -> None:
+    source = _source(args)
     if args.report is not None:
         check_writable(args.report)
     marks = reading.read_document(args.document, source, args.save, loss=args.loss)

@@ -15,7 +15,7 @@ from typing import Any
 from ..arrays import shown
 from ..files import check_regular
 
-__all__ = ["DECAYS", "Phase", "Settings", "fit", "read_settings"]
+__all__ = ["DECAYS", "Phase", "Settings", "fit", "put", "read_settings"]
 
 DECAYS = ("none", "linear", "cosine")
 """How a learning rate falls."""
@@ -221,12 +221,16 @@ def read_settings(path: Path | None = None, changes: Sequence[str] = (), **given
             raise ValueError(f"{path} is not TOML: {error}.") from error
     data |= {name: value for name, value in given.items() if value is not None}
     for change in changes:
-        _put(data, change)
+        put(data, change)
     return fit(Settings, data, where)
 
 
-def _put(data: dict[str, Any], change: str) -> None:
-    """Put "name=value" into nested tables."""
+def put(data: dict[str, Any], change: str) -> None:
+    """Put "name=value", as `read_settings` takes it, into nested tables.
+
+    Raises:
+        ValueError: it is of another form, or has no place there.
+    """
     name, sign, text = change.partition("=")
     if not sign or not name:
         raise ValueError(f"{change!r} is not of the form name=value, such as batch_size=4.")
@@ -267,7 +271,8 @@ def fit(kind: Any, data: Any, where: str) -> Any:
     """
     if not isinstance(data, dict):
         raise ValueError(f"{where}: {shown(data)} is no table; expected {kind.__name__}'s fields.")
-    hints = typing.get_type_hints(kind)
+    known = typing.get_type_hints(kind)
+    hints = {item.name: known[item.name] for item in dataclasses.fields(kind)}
     unknown = sorted(set(data) - set(hints))
     if unknown:
         raise ValueError(
