@@ -36,6 +36,7 @@ from .tasks import (
     passkey_keeping,
     passkey_recipe,
     passkey_report,
+    readers,
     synthetic,
 )
 from .tasks.passkey_keeping import KeepingKeys
@@ -184,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, help="threads to compute with (default: all)")
         command.set_defaults(run=_train)
     keep.add_argument("--model", metavar="FOLDER", default=str(passkey.SHIPPED), help="the model to "
-                      "start from (default: the shipped one)")  # fmt: skip
+                      "start from (default: the shipped one, which has had this stage)")  # fmt: skip
     for command in (learn, adapt):
         command.add_argument("--text", nargs="+", metavar="FILE", help="plain text, UTF-8; the last "
                              "tenth of each is held out")  # fmt: skip
@@ -241,6 +242,11 @@ def _add_evaluation(tasks: Any, name: str, kind: Any) -> None:
                          help="texts read side by side (default: %(default)s)")  # fmt: skip
     command.add_argument("--texts-seed", type=int, default=defaults.seed, metavar="N", help="of the "
                          "texts (default: %(default)s)")  # fmt: skip
+    command.add_argument("--reader", choices=readers.READERS, default=defaults.reader, help="with "
+                         "its memories, or the backbone alone: full attention, or a sliding window "
+                         "(default: %(default)s)")  # fmt: skip
+    command.add_argument("--budget", type=int, metavar="BYTES", help="of a window's keys and values "
+                         "(default: as many as the memories' state takes)")  # fmt: skip
     command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of the "
                          f"task: {known}")  # fmt: skip
     command.add_argument("--out", type=Path, help="folder for the answers and a picture; a run that "
@@ -328,6 +334,7 @@ NUMBERS = {
     "samples": (1, MOST),
     "batch_size": (1, MOST),
     "texts_seed": (0, MOST),
+    "budget": (1, MOST),
 }
 """Options that are integers: the least and the most."""
 
@@ -381,7 +388,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     found = passkey_diagnosis.diagnose(setting)
     print(f"\n{passkey_diagnosis.table(found)}\n\n{machine(threads())}")
     if files:
-        atomic_write(files[0], json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        passkey_diagnosis.save(found, files[0])
         print(f"wrote {files[0]}\nwrote {passkey_diagnosis.draw(found, files[1])}")
 
 
@@ -474,6 +481,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.samples,
         args.batch_size,
         args.texts_seed,
+        args.reader,
+        args.budget,
     )
     files = (
         [None, None]
@@ -485,7 +494,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             check_writable(file)
     keep_memory()
     model, words = source.open()
-    scored = harness.evaluate(task, setting, model, words, files[0], model.device)
+    reader = readers.open_reader(args.reader, model, args.budget)
+    scored = harness.evaluate(task, setting, reader, words, files[0], model.device)
     print(f"\n{harness.table(scored)}\n\n{machine(threads())}")
     if files[1] is not None:
         print(f"wrote {files[0]}\nwrote {harness.draw(scored, args.task, files[1])}")

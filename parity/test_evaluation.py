@@ -11,12 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fast import BackboneConfig, CoMeTConfig, MemoryConfig
 from fast.__main__ import main
 from fast.pretrained.text import ByteText
-from fast.tasks import harness, passkey, scoring
+from fast.tasks import harness, passkey, readers, scoring
 from fast.tasks.harness import Setting, evaluate, load_answers, summarize
 from fast.tasks.samples import Question, fit_text
 from fast.tasks.synthetic import TASKS, Associations, CommonWords, Facts, Needles, Variables
+
+from .strategies import VOCAB, random_model
 
 pytestmark = pytest.mark.host
 
@@ -338,6 +341,56 @@ def test_what_does_not_fit_is_one_sentence(words, says, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert says in err
+
+
+@given(seeds, st.integers(1, 12), st.integers(1, 3))
+def test_a_window_is_the_backbone_on_the_last_tokens(seed, size, b):
+    """Of each stream, whatever its question's length; all of them where there is no limit."""
+    rng = np.random.default_rng(seed)
+    model = random_model(CoMeTConfig(*small_config(rng)), seed, torch.float32)
+    plain = readers.LastTokens(model).model
+    text = torch.from_numpy(rng.integers(0, VOCAB, (b, int(rng.integers(1, 20)))))
+    prompts = [rng.integers(0, VOCAB, int(rng.integers(1, 5))) for _ in range(b)]
+    asked = torch.zeros(b, 5, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        asked[row, : len(prompt)] = torch.from_numpy(prompt)
+    for reader, known in ((readers.LastTokens(model, size), size), (readers.LastTokens(model), 99)):
+        state = None
+        for piece in text.split(4, dim=1):
+            state = reader(piece, state=state).state
+        assert state.ids.shape[1] == min(known, text.shape[1])
+        out = reader.generate(asked, state, 3, (), lengths=[len(p) for p in prompts])
+        for row, prompt in enumerate(prompts):
+            ids = torch.from_numpy(np.concatenate([text[row].numpy(), prompt])[-known:])
+            assert out.ids[row] == plain.generate(ids, max_new_tokens=3).ids[0]
+
+
+def small_config(rng):
+    backbone = BackboneConfig(VOCAB, 6, 8, 2, 2, 1, 4, attention_bias=bool(rng.integers(2)))
+    return backbone, MemoryConfig(3, 2, 3, 2, adapter_rank=2, gate_bias=True, sink_slot=True)
+
+
+def test_a_window_has_the_memories_budget():
+    """The shipped model: 3 layers of 24 slots of 64 numbers are the keys and values of 12 tokens."""
+    model = passkey.load_model()
+    assert readers.open_reader("window", model).size == 3 * 24 * 64 // (2 * 3 * 64)
+    assert readers.open_reader("window", model, 10_000).size == 10_000 // (2 * 3 * 64 * 4)
+    assert readers.open_reader("full", model).size is None
+    assert readers.open_reader("memories", model) is model
+    with pytest.raises(
+        ValueError, match="the budget is 100 bytes; keys and values of one token take 1536"
+    ):
+        readers.open_reader("window", model, 100)
+    with pytest.raises(
+        ValueError, match="a budget of 5 bytes is of the reader window, not of full"
+    ):
+        readers.open_reader("full", model, 5)
+
+
+def test_the_command_reads_with_a_window(capsys):
+    words = ["--lengths", "300", "--samples", "1", "--set", "haystack=filler", "--reader", "window"]
+    main(["eval", "needles", "--model", str(passkey.SHIPPED), *words, "--budget", "200000"])
+    assert "| 300 |" in capsys.readouterr().out
 
 
 def test_questions_are_asked_of_forks():

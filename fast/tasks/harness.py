@@ -77,6 +77,12 @@ class Setting:
     seed: int = 1
     """Of the samples: the same for every model that has the same tokenizer."""
 
+    reader: str = "memories"
+    """How the model reads, see `readers.READERS`."""
+
+    budget: int | None = None
+    """Bytes of a window's keys and values; None is as many as the memories take."""
+
 
 @dataclass(frozen=True)
 class Scored:
