@@ -619,6 +619,29 @@ def test_the_memories_alone_move(document, tmp_path):
     assert run.result.exists()
 
 
+def test_a_run_may_keep_a_share_of_what_it_started_from(document, tmp_path):
+    """In its result, not in the weights that it goes on from."""
+    build_model(settings(document)).save_pretrained(tmp_path / "start")
+    given = {"config": None, "model": str(tmp_path / "start")}
+    runs = {}
+    for share in (0.0, 0.25):
+        runs[share] = trainer(settings(document, **given, start_share=share), tmp_path / str(share))
+        runs[share].run()
+    start = CoMeTModel.from_pretrained(tmp_path / "start").state_dict()
+    trained, mixed = (CoMeTModel.from_pretrained(run.result).state_dict() for run in runs.values())
+    for name, p in mixed.items():
+        assert not torch.equal(trained[name], start[name]), name
+        torch.testing.assert_close(p, 0.75 * trained[name] + 0.25 * start[name])
+    again = trainer(settings(document, **given, start_share=0.25), tmp_path / "0.25")
+    for name, p in again.model.state_dict().items():
+        assert torch.equal(p, trained[name]), name
+    for changes in ({"start_share": 1.0}, {"start_share": 0.5, "model": None, "config": CONFIG}):
+        with pytest.raises(
+            ValueError, match=r"start_share is .*; expected a share below 1, of a run"
+        ):
+            settings(document, **{**given, **changes})
+
+
 def test_memories_have_a_rate_of_their_own(document, tmp_path):
     """AdamW's first step moves each weight by its rate."""
     phases = (Phase(1, 1e-4, decay="none"),)

@@ -146,6 +146,10 @@ class Settings:
     """What is computed again in the backward pass, not kept: "none", the inside of "cells" or of
     "chunks", or "host", as `CoMeTModel` takes it; "none" or "cells" with a pipeline."""
 
+    start_share: float = 0.0
+    """Share of the weights that the run started from in those that it ends with: so a model that is
+    trained further keeps what it could (WiSE-FT, arXiv 2109.01903). Of runs from a `model`."""
+
     evaluate_every: int = 0
     """Steps between evaluations on what is held out; 0 is none."""
 
@@ -163,6 +167,9 @@ class Settings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("evaluate_every", "seed", "weight_decay"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        is_share = 0 <= self.start_share < 1 and (self.model or not self.start_share)
+        expected = "a share below 1, of a run that starts from a model"
+        _require(bool(is_share), "start_share", self.start_share, expected)
         for name in ("memory_rate", "clip"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         _require(len(self.phases) > 0, "phases", self.phases, "one phase at least")

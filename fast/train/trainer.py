@@ -299,22 +299,34 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Write the weights as they are, and a checkpoint; drop the oldest beyond `keep`."""
+        """Write the weights as they are, and a checkpoint; drop the oldest beyond `keep`. At the end of
+        the run what is written are the weights that it ends with.
+        """
         if self.processes.rank:
             return
+        tensors = {f"weights.{name}": p.detach() for name, p in self.trained.items()}
+        if self.settings.start_share and self.step == self.settings.steps:
+            tensors = {name: p.clone() for name, p in tensors.items()}
+            self._mix_start()
         if self.settings.train == "memories":
             self.model.save_memories(self.result)
         else:
             self.model.save_pretrained(self.result)
             if isinstance(self.task.words, TokenText):  # so that `read` takes the folder as it is
                 self.task.words.tokenizer.save_pretrained(self.result)
-        tensors = {f"weights.{name}": p.detach() for name, p in self.trained.items()}
         for number, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{key}": x for key, x in entries.items()}
         run = {**self._own(), "step": self.step, "texts": self.texts}
         write_training(self.folder / f"step-{self.step:09d}.safetensors", tensors, run)
         for old in self.checkpoints[: -self.settings.keep]:
             old.unlink()
+
+    @torch.no_grad()
+    def _mix_start(self) -> None:
+        """Put the share of the weights that the run started from into the model."""
+        start: dict[str, Tensor] = named_parameters(build_model(self.settings).weights.to_dict())
+        for name, p in self.trained.items():
+            p.lerp_(start[name], self.settings.start_share)
 
     def run(self) -> None:
         """Train to the end of the settings.
