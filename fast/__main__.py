@@ -36,9 +36,10 @@ from .tasks import (
     passkey_keeping,
     passkey_recipe,
     passkey_report,
+    questions,
     readers,
-    synthetic,
 )
+from .tasks.evaluations import EVALUATIONS
 from .tasks.passkey_keeping import KeepingKeys
 from .tasks.passkey_training import PassKey
 from .tasks.text import Text
@@ -137,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
                        "read (default: %(default)s)")  # fmt: skip
     begin.set_defaults(run=_starts)
 
-    for name, kind in synthetic.TASKS.items():
+    for name, kind in EVALUATIONS.items():
         _add_evaluation(tasks, name, kind)
 
     bench = commands.add_parser("bench", help="measure speed and memory, side by side")
@@ -166,11 +167,13 @@ def _parser() -> argparse.ArgumentParser:
     learn = tasks.add_parser("text", help="any model, on text or chats of your own")
     learn.add_argument("--chat", nargs="+", metavar="FILE", help="chats, a line of JSON each")
     adapt = tasks.add_parser("memories", help="the memories of a pretrained backbone")
+    ask = tasks.add_parser("questions", help="a model, or a baseline, on a task of `eval`")
     recipes = {
         train: passkey_recipe.RECIPE,
         keep: passkey_keeping.RECIPE,
         learn: None,
         adapt: memories.RECIPE,
+        ask: None,
     }
     for command, recipe in recipes.items():
         command.add_argument("--settings", type=Path, default=recipe, metavar="FILE", help="TOML: "
@@ -195,6 +198,8 @@ def _parser() -> argparse.ArgumentParser:
         start.add_argument(
             "--model", metavar="FOLDER", help="a checkpoint of CoMeT's to start from"
         )
+    ask.add_argument("--model", metavar="FOLDER", help="a checkpoint to start from (default: a fresh "
+                     "model)")  # fmt: skip
     for command in (compare, begin):
         command.add_argument("--backbone", type=Path, required=True, metavar="SOURCE", help="a "
                              "pretrained model's folder or GGUF file, with its tokenizer")  # fmt: skip
@@ -472,7 +477,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     source, options = _source(args), dict[str, Any]()
     for change in args.set:
         training.put(options, change)
-    task = training.fit(synthetic.TASKS[args.task], options, "--set")
+    task = training.fit(EVALUATIONS[args.task], options, "--set")
     setting = harness.Setting(
         args.task,
         source.path,
@@ -493,7 +498,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         if file is not None:
             check_writable(file)
     keep_memory()
-    model, words = source.open()
+    model, words = readers.open_model(source)
     reader = readers.open_reader(args.reader, model, args.budget)
     scored = harness.evaluate(task, setting, reader, words, files[0], model.device)
     print(f"\n{harness.table(scored)}\n\n{machine(threads())}")
@@ -513,6 +518,7 @@ TASKS: dict[str, type[training.Task]] = {
     "keeping": KeepingKeys,
     "memories": memories.Memories,
     "passkey": PassKey,
+    "questions": questions.Questions,
     "text": Text,
 }
 """What the trainer trains on, by name."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from torch import Tensor
 
 from reference.config import MemoryConfig
 
+from ..baselines import Baseline, is_baseline
 from ..inputs import check_count
 from ..model import CoMeTGeneration, CoMeTModel
+from ..pretrained.text import open_text
+from ..reading import Source
+from .samples import Words
 
-__all__ = ["READERS", "LastTokens", "LastTokensState", "open_reader", "window_size"]
+__all__ = ["READERS", "LastTokens", "LastTokensState", "open_model", "open_reader", "window_size"]
 
 READERS = ("memories", "full", "window")
 """What a backbone may be read with."""
@@ -97,6 +102,23 @@ class _Read:
     state: LastTokensState
 
 
+def open_model(source: Source) -> tuple[Any, Words]:
+    """The model that is evaluated, CoMeT or a baseline, and its tokenizer.
+
+    Raises:
+        ImportError, OSError, ValueError: as `Source.open`.
+    """
+    folder = Path(source.path)
+    if source.memory is not None or not is_baseline(folder):
+        return source.open()
+    if source.dtype not in (None, "float32"):
+        raise ValueError(
+            f"{folder} holds a baseline, which computes in float32, not {source.dtype}."
+        )
+    model = Baseline.from_pretrained(folder)
+    return model, open_text(folder, model.config.backbone.vocab_size)
+
+
 def window_size(model: CoMeTModel, budget: int) -> int:
     """Tokens whose keys and values take at most so many bytes, in all layers together.
 
@@ -129,6 +151,8 @@ def open_reader(kind: str, model: CoMeTModel, budget: int | None = None) -> Any:
         raise ValueError(f"a budget of {budget} bytes is of the reader window, not of {kind}.")
     if kind == "memories":
         return model
+    if isinstance(model, Baseline):
+        raise ValueError(f"the reader {kind} is of CoMeT's backbone; a baseline reads by itself.")
     if kind == "full":
         return LastTokens(model)
     memory, backbone = model.config.memory, model.config.backbone

@@ -83,7 +83,7 @@ class Settings:
     """
 
     task: str = "text"
-    """What is trained on: "text", "memories", "passkey" or "keeping"."""
+    """What is trained on: "text", "memories", "passkey", "keeping" or "questions"."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """Of the task."""
@@ -99,6 +99,10 @@ class Settings:
 
     config: dict[str, Any] | None = None
     """Sizes of a fresh model, as `CoMeTConfig.to_dict` gives them."""
+
+    baseline: dict[str, Any] | None = None
+    """A memory of another kind in the place of CoMeT's: its `kind`, and sizes of
+    `fast.baselines.BaselineConfig`. Backbone and chunk size are those of `config`."""
 
     memory: dict[str, Any] = field(default_factory=dict)
     """Fields of the `MemoryConfig` of a backbone's memories."""
@@ -180,6 +184,10 @@ class Settings:
         if len(starts) > 1:
             raise ValueError(
                 f"{' and '.join(starts)} are given; expected one of them to start from."
+            )
+        if self.baseline is not None and not self.config:
+            raise ValueError(
+                "baseline is given without a config; a model in a folder is what its files say."
             )
         if self.memory and not self.backbone:
             raise ValueError(

@@ -30,6 +30,7 @@ from reference.config import CoMeTConfig, MemoryConfig
 from reference.parameters import named_parameters
 
 from ..arrays import shown
+from ..baselines import Baseline, BaselineConfig, is_baseline
 from ..checkpoints import of_file, read_training, write_training
 from ..files import atomic_write
 from ..model import CoMeTModel
@@ -162,8 +163,8 @@ class Task:
         return {}
 
 
-def build_model(settings: Settings) -> CoMeTModel:
-    """The model that a run starts from.
+def build_model(settings: Settings) -> Any:
+    """The model that a run starts from, a `CoMeTModel` or a `Baseline`.
 
     Raises:
         ValueError: nothing is said of it, or a file does not fit.
@@ -172,6 +173,8 @@ def build_model(settings: Settings) -> CoMeTModel:
     if device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if settings.model is not None:
+        if is_baseline(settings.model):
+            return Baseline.from_pretrained(settings.model).to(device)
         return CoMeTModel.from_pretrained(settings.model, device=device)
     if settings.backbone is not None:
         memory = fit(MemoryConfig, settings.memory, "memory")
@@ -184,10 +187,14 @@ def build_model(settings: Settings) -> CoMeTModel:
             "the sizes of a fresh one (config)."
         )
     config = CoMeTConfig.from_dict(settings.config)
+    if settings.baseline is not None:
+        sizes = {"backbone": config.backbone, "chunk_size": config.memory.chunk_size}
+        own = fit(BaselineConfig, settings.baseline | sizes, "baseline")
+        return Baseline(own, seed=settings.seed).to(device)
     return CoMeTModel(config, seed=settings.seed, device=device)
 
 
-def trained_weights(model: CoMeTModel, settings: Settings) -> dict[str, Tensor]:
+def trained_weights(model: Any, settings: Settings) -> dict[str, Tensor]:
     """The weights that move, by the reference's names; the others are told to take no gradient."""
     weights: dict[str, Tensor] = named_parameters(model.weights.to_dict())
     own = set(memory_names(model.config)) if settings.train == "memories" else set(weights)
@@ -269,7 +276,7 @@ class Trainer:
         if not {"config", "settings", "step", "texts"} <= set(run):
             raise ValueError(f"{path} is not of a trainer's run; give another folder.")
         with of_file(path):  # it may be from before a field of the config came
-            run["config"] = CoMeTConfig.from_dict(run["config"]).to_dict()
+            run["config"] = type(self.model.config).from_dict(run["config"]).to_dict()
         for name in FREE:
             run["settings"].pop(name, None)
         for name, value in self._own().items():
