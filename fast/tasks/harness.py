@@ -112,10 +112,10 @@ def draw_sample(
     """The sample of that number: it depends on the seed, the length and the number alone."""
     rng = np.random.default_rng([setting.seed, length, number])
     sample = task.draw(length, rng, words)
-    if len(sample.ids) != length or not sample.questions:
+    if not 0 < len(sample.ids) <= length or not sample.questions:
         raise ValueError(
             f"the task drew a text of {len(sample.ids)} tokens with {len(sample.questions)} "
-            f"questions; expected {length} tokens and a question."
+            f"questions; expected 1 to {length} tokens and a question."
         )
     return sample
 
@@ -253,7 +253,12 @@ def _score(
 ) -> Iterator[Scored]:
     """Some samples of a length, read side by side."""
     samples = [draw_sample(task, setting, length, number, words) for number in numbers]
-    all_said = answer(model, samples, words, task.answer_tokens, device)
+    # Texts that are shorter than asked for are read by themselves.
+    is_even = len({len(sample.ids) for sample in samples}) == 1
+    groups = [samples] if is_even else [[sample] for sample in samples]
+    all_said = [
+        said for group in groups for said in answer(model, group, words, task.answer_tokens, device)
+    ]
     for number, sample, said in zip(numbers, samples, all_said, strict=True):
         for question, one in zip(sample.questions, said, strict=True):
             yield Scored(

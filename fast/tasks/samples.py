@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -52,14 +52,16 @@ class Sample:
 class Evaluation(Protocol):
     """A task: a dataclass of its options."""
 
-    answer_tokens: ClassVar[int]
-    """Tokens of an answer, at most. It ends with its line, if not before."""
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of an answer, at most. It ends with its line, if not before."""
+        ...
 
     def draw(self, length: int, rng: np.random.Generator, words: Words) -> Sample:
         """A sample.
 
         Args:
-            length: of the text, in tokens.
+            length: of the text, in tokens; at most, where texts are not made but taken.
             rng: source of all that is drawn.
             words: of the model that will read it.
 

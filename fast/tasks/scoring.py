@@ -18,7 +18,16 @@ import numpy as np
 
 from .passkey_report import lower_bound
 
-__all__ = ["best_of", "contains_all", "exact_match", "f1", "interval", "normalize", "rouge"]
+__all__ = [
+    "best_of",
+    "contains_all",
+    "exact_match",
+    "f1",
+    "geometric_mean",
+    "interval",
+    "normalize",
+    "rouge",
+]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -56,11 +65,11 @@ def _rouge_scorer() -> Any:
             "ROUGE takes the package rouge-score, which is not installed; run pip install "
             '"comet-memory[evaluation]".'
         ) from error
-    return RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rouge2", "rougeL"])  # as SCROLLS: words are not stemmed
 
 
 def rouge(said: str, right: str) -> dict[str, float]:
-    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L over the lines of a summary, stemmed.
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L over the whole text, words as they are.
 
     Returns:
         "rouge1", "rouge2", "rougeL", from 0 to 1.
@@ -69,7 +78,7 @@ def rouge(said: str, right: str) -> dict[str, float]:
         ImportError: the package `rouge-score` is not installed.
     """
     found = _rouge_scorer().score(right, said)
-    return {name.removesuffix("sum"): found[name].fmeasure for name in found}
+    return {name: found[name].fmeasure for name in found}
 
 
 def best_of(score: Callable[[str, str], float], said: str, answers: Sequence[str]) -> float:
