@@ -259,9 +259,6 @@ def _add_evaluation(tasks: Any, name: str, kind: Any) -> None:
     command.set_defaults(run=_evaluate)
 
 
-MEMORY = MemoryConfig(chunk_size=1024, global_memory_size=8, temporary_memory_size=256)
-"""Of a backbone's memories, where they are fresh."""
-
 SIZES = ("chunk_size", "global_memory_size", "temporary_memory_size", "compression_stride")
 """Fields of a `MemoryConfig` that are options."""
 
@@ -292,7 +289,7 @@ def _add_model(command: argparse.ArgumentParser, moved: str = "") -> None:
 def _add_source(command: argparse.ArgumentParser) -> None:
     """Options for what reads: see `_source`."""
     _add_model(command)
-    _add_sizes(command, MEMORY)
+    _add_sizes(command, reading.MEMORY)
     command.add_argument("--memories", metavar="FILE", help="a backbone's memories, of `train "
                          "memories` (default: fresh ones)")  # fmt: skip
     command.add_argument("--seed", type=int, help="of a backbone's memories (default: 0)")
@@ -579,7 +576,7 @@ def _source(args: argparse.Namespace) -> reading.Source:
     if args.memories is not None:
         memory = os.path.abspath(args.memories)
     elif args.model is None:
-        memory = _memory(args, MEMORY)
+        memory = _memory(args, reading.MEMORY)
     path = os.path.abspath(args.backbone if args.model is None else args.model)
     return reading.Source(path, memory, args.seed or 0, args.dtype)
 

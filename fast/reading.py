@@ -31,7 +31,10 @@ from .model import CoMeTModel
 from .pretrained.text import PIECE, ByteText, TokenText, open_text
 from .state import CoMeTState
 
-__all__ = ["DTYPES", "Mark", "Source", "ask", "noted_source", "read_document", "table"]
+__all__ = ["DTYPES", "MEMORY", "Mark", "Source", "ask", "noted_source", "read_document", "table"]
+
+MEMORY = MemoryConfig(chunk_size=1024, global_memory_size=8, temporary_memory_size=256)
+"""Of a backbone's memories, where they are fresh."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes to read in."""

@@ -8,13 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fast.__main__ import _parser
-from fast.tasks import memories_report, passkey_report
+from fast.tasks import memories_report, passkey_diagnosis, passkey_report
 
 from .behaviours import FAULTS as WRONG_BEHAVIOURS
 from .faults import FAULTS
@@ -104,6 +105,8 @@ def test_the_commands_of_a_page_exist(page):
         line = " ".join(words)
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets(), line
+        elif words[:3] == ["python", "-m", "fast.tasks.lm_harness"]:
+            assert (ROOT / "fast/tasks/lm_harness.py").exists(), line  # lm_eval's words follow
         elif words[:3] == ["python", "-m", "fast"]:
             _parser().parse_args(words[3:])  # exits where it cannot
         elif words[0] == "pytest":
@@ -174,6 +177,20 @@ def test_the_tables_of_the_pass_key_are_the_results_that_its_pictures_show(varia
     again = tmp_path / "again.json"
     passkey_report.save(results, setting, again)
     assert passkey_report.load(again) == (results, setting)
+
+
+def test_the_table_of_writes_is_what_was_diagnosed():
+    found = [
+        passkey_diagnosis.load(DOCS / "results" / f"diagnosis{name}.json")
+        for name in ("_four_stages", "")
+    ]
+    rows = re.findall(r"^\| (?:chunks|late) .*", PAGES["docs/passkey.md"], re.MULTILINE)
+    counts = [
+        [f"{Counter(w.kind for w in one.writes)[kind]} of {one.chunks[kind]:,}" for one in found]
+        for kind in passkey_diagnosis.KINDS
+    ]
+    counts.append([f"{one.taken_up[-1]} of {one.setting.keys}" for one in found])
+    assert [[c.strip() for c in row.split("|")[2:4]] for row in rows] == counts
 
 
 def test_the_faults_of_the_parity_page_are_as_many_as_there_are():

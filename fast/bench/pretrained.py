@@ -14,12 +14,10 @@ from torch import Tensor
 from reference.config import MemoryConfig
 
 from ..model import CoMeTModel
+from ..reading import MEMORY
 from .speed import Timed, take_turns
 
-__all__ = ["MEMORY", "Measured", "decode", "load_theirs", "measure", "table"]
-
-MEMORY = MemoryConfig(chunk_size=1024, global_memory_size=8, temporary_memory_size=256)
-"""The memories."""
+__all__ = ["Measured", "decode", "load_theirs", "measure", "table"]
 
 
 @dataclass(frozen=True)
