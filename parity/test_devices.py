@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import bias
@@ -76,6 +76,7 @@ def cuda_guard(tmp_path_factory):
         yield
 
 
+fewer = settings(max_examples=max(5, settings.default.max_examples * 2 // 5))  # each takes long
 places = pytest.mark.parametrize("place", WITHOUT_NUMBERS)
 
 
@@ -105,6 +106,7 @@ def assert_on(place, tensors, dtype, what):
 
 
 @places
+@fewer
 @given(case=empty_cases(), alike=st.booleans())
 def test_reading_and_decoding_stay_on_the_device(cuda_guard, place, case, alike):
     config, dtype, lengths = case
@@ -125,6 +127,7 @@ def test_reading_and_decoding_stay_on_the_device(cuda_guard, place, case, alike)
 
 
 @places
+@fewer
 @given(case=empty_cases())
 def test_a_training_step_stays_on_the_device(cuda_guard, place, case):
     config, dtype, lengths = case
