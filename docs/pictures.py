@@ -21,7 +21,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from fast import CoMeTModel, watch
 from fast.bench import report as bench_report
 from fast.drawing import COLOURS, save_figure, style
-from fast.tasks import memories_report, passkey, passkey_report
+from fast.tasks import memories_report, passkey, passkey_diagnosis, passkey_report
 
 HERE = Path(__file__).parent
 IMAGES = HERE / "images"
@@ -410,6 +410,11 @@ def main(names: list[str]) -> None:
             results, setting = passkey_report.load(HERE / "results" / f"{variant}.json")
             for path in passkey_report.draw(results, setting.variant, IMAGES):
                 print(f"wrote {path}")
+    if "passkey_diagnosis" in (
+        names or ["passkey_diagnosis"]
+    ):  # of `eval passkey --diagnose --out`
+        found = passkey_diagnosis.load(HERE / "results" / "diagnosis_four_stages.json")
+        print(f"wrote {passkey_diagnosis.draw(found, IMAGES / 'passkey_diagnosis.png')}")
     if "memories_whole" in (names or ["memories_whole"]):  # of `python -m fast eval memories --out`
         results, setting = memories_report.load(HERE / "results" / "memories_whole.json")
         print(f"wrote {memories_report.draw(results, setting, IMAGES / 'memories_whole.png')}")

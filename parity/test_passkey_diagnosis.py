@@ -8,7 +8,17 @@ import torch
 
 from fast.__main__ import main
 from fast.tasks import passkey, passkey_diagnosis
-from fast.tasks.passkey_diagnosis import KINDS, Setting, diagnose, draw, find_writes, kind_of, table
+from fast.tasks.passkey_diagnosis import (
+    KINDS,
+    Setting,
+    diagnose,
+    draw,
+    find_writes,
+    kind_of,
+    load,
+    save,
+    table,
+)
 
 pytestmark = pytest.mark.host
 
@@ -66,6 +76,11 @@ def test_a_diagnosis_tells_what_was_read(tmp_path):
     counts = Counter(write.kind for write in found.writes)
     assert all(f"| {kind} | {found.chunks[kind]} | {counts[kind]} |" in told for kind in KINDS)
     assert draw(found, tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
+    save(found, tmp_path / "d.json")
+    assert load(tmp_path / "d.json") == found
+    (tmp_path / "d.json").write_text('{"setting": []}')
+    with pytest.raises(ValueError, match="d.json holds no diagnosis .*measure again"):
+        load(tmp_path / "d.json")
 
 
 def test_the_command_diagnoses(tmp_path, monkeypatch, capsys):

@@ -9,17 +9,20 @@ asked for a little later. Where it is not taken up, what was read before has spo
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..checkpoints import read_json
 from ..drawing import COLOURS, save_figure, style
+from ..files import atomic_write
 from ..inputs import check_count
 from ..model import CoMeTModel
 from ..state import CoMeTState
@@ -34,6 +37,8 @@ __all__ = [
     "draw",
     "find_writes",
     "kind_of",
+    "load",
+    "save",
     "table",
     "take_up",
 ]
@@ -236,6 +241,27 @@ def diagnose(setting: Setting) -> Diagnosis:
         for start in range(chunk, len(text) - chunk + 1, chunk)
     )
     return Diagnosis(setting, writes, {kind: chunks[kind] for kind in KINDS}, taken_up)
+
+
+def save(found: Diagnosis, path: Path) -> None:
+    """Write what was found as JSON."""
+    atomic_write(path, json.dumps(asdict(found), indent=1) + "\n")
+
+
+def load(path: Path) -> Diagnosis:
+    """What `save` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or holds something else.
+    """
+    data = read_json(path)
+    try:
+        setting = Setting(**data["setting"] | {"lengths": tuple(data["setting"]["lengths"])})
+        writes = [Write(**one | {"layers": tuple(one["layers"])}) for one in data["writes"]]
+        return Diagnosis(setting, writes, data["chunks"], data["taken_up"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no diagnosis ({error}); measure again.") from error
 
 
 def table(found: Diagnosis) -> str:

@@ -399,7 +399,7 @@ def demo(folder: Path, lengths: Sequence[int] = LENGTHS, processes: int | None =
     config = passkey.load_model().config
     parameters = sum(math.prod(shape) for shape in named_parameters(shapes(config)).values())
     print(
-        f"\nShown: a model of {parameters:,} parameters, trained on texts of at most 4,096 bytes, "
+        f"\nShown: a model of {parameters:,} parameters, trained with gradients through at most 4,096 bytes, "
         f"gave back {right} of {trials} keys hidden at 11 depths of texts of {lengths[0]:,} to "
         f"{last.length:,} bytes, and its peak memory at {last.length:,} bytes is "
         f"{last.peak_bytes / first.peak_bytes - 1:+.1%} of that at {first.length:,}."
