@@ -36,10 +36,8 @@ __all__ = ["Stacked", "read_diagonals", "stack_layers"]
 Stacked = dict[str, Any]
 """The weights of all layers by the names that one layer's have, nested likewise: [layers, ...]."""
 
-
-_run_layer = untraced()(
-    run_layer
-)  # the layers that run together change in number from step to step
+# Layers that run together change in number from step to step: each would be a graph of its own.
+_run_layer = untraced()(run_layer)
 
 
 class StackedLinear:
