@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model import CoMeTModel
-from .pretrained import decode
+from .pretrained import decode, import_transformers
 from .speed import Case, take_turns
 
 __all__ = ["CONTESTANTS", "EAGER", "measure_others"]
@@ -33,13 +33,7 @@ EAGER = 4096
 
 def _theirs(case: Case, attention: str, window: int | None = None) -> Any:
     """The backbone in transformers, fresh."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "the comparison takes the package transformers, which is not installed; run pip install "
-            '"comet-memory[pretrained]".'
-        ) from error
+    transformers = import_transformers()
     backbone = case.config.backbone
     names = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),

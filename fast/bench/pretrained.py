@@ -17,7 +17,7 @@ from ..model import CoMeTModel
 from ..reading import MEMORY
 from .speed import Timed, take_turns
 
-__all__ = ["Measured", "decode", "load_theirs", "measure", "table"]
+__all__ = ["Measured", "decode", "import_transformers", "load_theirs", "measure", "table"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Measured:
     """Bytes of the stream's state, or of the cache, after the text."""
 
 
-def load_theirs(backbone: Path, dtype: torch.dtype) -> Any:
-    """The backbone in transformers.
+def import_transformers() -> Any:
+    """The package.
 
     Raises:
-        ImportError: the package `transformers` is not installed.
+        ImportError: it is not installed.
     """
     try:
         import transformers
@@ -56,6 +56,16 @@ def load_theirs(backbone: Path, dtype: torch.dtype) -> Any:
             "the comparison takes the package transformers, which is not installed; run pip install "
             '"comet-memory[pretrained]".'
         ) from error
+    return transformers
+
+
+def load_theirs(backbone: Path, dtype: torch.dtype) -> Any:
+    """The backbone in transformers.
+
+    Raises:
+        ImportError: the package `transformers` is not installed.
+    """
+    transformers = import_transformers()
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if backbone.is_file():
         options |= {
