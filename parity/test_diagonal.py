@@ -114,12 +114,13 @@ def test_diagonals_of_narrow_types(make_config, dtype):
     weights = even_weights(config, 0)
     exact, model = (CoMeTModel(config, tensors(weights, kind)) for kind in (torch.float64, dtype))
     text = tensor(np.random.default_rng(0).integers(0, VOCAB, (2, 41)))
-    with torch.no_grad():
+    with torch.no_grad(), patch.object(stream, "read_diagonals", wraps=read_diagonals) as along:
         expected = array(exact(text).logits)
         errors = [
             np.abs(array(model(text, diagonal=diagonal).logits) - expected).mean()
             for diagonal in (False, True)
         ]
+    assert along.call_count == 1
     assert errors[1] <= 2 * errors[0], errors
 
 

@@ -348,17 +348,19 @@ def test_a_window_is_the_backbone_on_the_last_tokens(seed, size, b):
     """Of each stream, whatever its question's length; all of them where there is no limit."""
     rng = np.random.default_rng(seed)
     model = random_model(CoMeTConfig(*small_config(rng)), seed, torch.float32)
-    plain = readers.LastTokens(model).model
+    plain = readers.without_memories(model)
     text = torch.from_numpy(rng.integers(0, VOCAB, (b, int(rng.integers(1, 20)))))
     prompts = [rng.integers(0, VOCAB, int(rng.integers(1, 5))) for _ in range(b)]
     asked = torch.zeros(b, 5, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         asked[row, : len(prompt)] = torch.from_numpy(prompt)
-    for reader, known in ((readers.LastTokens(model, size), size), (readers.LastTokens(model), 99)):
+    window, full = readers.LastTokens(model, size), readers.open_reader("full", model)
+    for reader, known in ((window, size), (full, 99)):
         state = None
         for piece in text.split(4, dim=1):
-            state = reader(piece, state=state).state
-        assert state.ids.shape[1] == min(known, text.shape[1])
+            state = reader(piece, state=state, logits="none").state
+        if reader is window:
+            assert state.ids.shape[1] == min(known, text.shape[1])
         out = reader.generate(asked, state, 3, (), lengths=[len(p) for p in prompts])
         for row, prompt in enumerate(prompts):
             ids = torch.from_numpy(np.concatenate([text[row].numpy(), prompt])[-known:])
@@ -375,7 +377,9 @@ def test_a_window_has_the_memories_budget():
     model = passkey.load_model()
     assert readers.open_reader("window", model).size == 3 * 24 * 64 // (2 * 3 * 64)
     assert readers.open_reader("window", model, 10_000).size == 10_000 // (2 * 3 * 64 * 4)
-    assert readers.open_reader("full", model).size is None
+    memory = readers.open_reader("full", model).config.memory
+    assert not memory.has_global
+    assert not memory.has_temporary
     assert readers.open_reader("memories", model) is model
     with pytest.raises(
         ValueError, match="the budget is 100 bytes; keys and values of one token take 1536"

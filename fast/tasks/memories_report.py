@@ -24,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.config import CoMeTConfig, MemoryConfig
-
 from ..checkpoints import load_checkpoint
 from ..drawing import COLOURS, save_figure, style
 from ..inputs import check_count
@@ -34,6 +32,7 @@ from ..model import CoMeTModel
 from ..pretrained.memories import load_memories
 from ..pretrained.text import open_text
 from .memories import KeyText, hide_key, read_tokens, split_tokens
+from .readers import without_memories
 from .results import load_results, save_results
 
 __all__ = [
@@ -170,14 +169,7 @@ def readers(backbone: Path, memories: Path) -> dict[str, Reader]:
     memory = trained.config.memory
     size, budget = memory.chunk_size, memory.temporary_memory_size + memory.global_memory_size
     fresh = CoMeTModel.from_backbone(backbone, memory)
-    shared = fresh.weights.to_dict()
-
-    def alone(chunk_size: int, weights: dict[str, Any]) -> CoMeTModel:
-        plain = MemoryConfig(chunk_size=chunk_size, global_memory_size=0, compression_stride=0)
-        return _on_shared(CoMeTConfig(trained.config.backbone, plain), weights)
-
-    whole = alone(2**40, shared)
-    chunks = alone(size, shared)
+    whole, chunks = without_memories(fresh), without_memories(fresh, size)
     found: dict[str, Reader] = {
         "whole": lambda ids, last: read_stream(whole, size, ids, last),
         "chunks": lambda ids, last: read_stream(chunks, size, ids, last),
@@ -186,18 +178,9 @@ def readers(backbone: Path, memories: Path) -> dict[str, Reader]:
         "trained": lambda ids, last: read_stream(trained, size, ids, last),
     }
     if memories.is_dir():
-        without = alone(size, trained.weights.to_dict())
+        without = without_memories(trained, size)
         found["without"] = lambda ids, last: read_stream(without, size, ids, last)
     return found
-
-
-def _on_shared(config: CoMeTConfig, weights: dict[str, Any]) -> CoMeTModel:
-    """A model of some of the weights."""
-    memories = ("global_memory", "temporary_memory")
-    layers = [{k: v for k, v in w.items() if k not in memories} for w in weights["layers"]]
-    special = ("compression_embedding", "readout_embeddings")
-    kept = {name: value for name, value in weights.items() if name not in special}
-    return CoMeTModel(config, kept | {"layers": layers})
 
 
 def measure(setting: Setting) -> list[Measured]:

@@ -26,7 +26,15 @@ from ..pretrained.text import open_text
 from ..reading import Source
 from .samples import Words
 
-__all__ = ["READERS", "LastTokens", "LastTokensState", "open_model", "open_reader", "window_size"]
+__all__ = [
+    "READERS",
+    "LastTokens",
+    "LastTokensState",
+    "open_model",
+    "open_reader",
+    "window_size",
+    "without_memories",
+]
 
 READERS = ("memories", "full", "window")
 """What a backbone may be read with."""
@@ -44,6 +52,22 @@ class LastTokensState:
         return LastTokensState(self.ids[list(rows)])
 
 
+def without_memories(model: CoMeTModel, chunk_size: int = 2**40) -> CoMeTModel:
+    """The backbone of a model, with the same weights, each chunk by itself.
+
+    Args:
+        model: with memories.
+        chunk_size: tokens of a chunk; the default never closes one, which is full attention.
+    """
+    plain = MemoryConfig(chunk_size=chunk_size, global_memory_size=0, compression_stride=0)
+    memories = ("global_memory", "temporary_memory")
+    special = ("compression_embedding", "readout_embeddings")
+    weights = model.weights.to_dict()
+    kept = {name: value for name, value in weights.items() if name not in special}
+    kept["layers"] = [{k: v for k, v in w.items() if k not in memories} for w in weights["layers"]]
+    return CoMeTModel(dataclasses.replace(model.config, memory=plain), kept)
+
+
 class LastTokens:
     """A backbone without memories that knows the last tokens of what it has read.
 
@@ -51,31 +75,18 @@ class LastTokens:
 
     Args:
         model: of which the weights are taken; its memories are left out.
-        size: tokens that are known, with the question; None is all.
+        size: tokens that are known, with the question.
     """
 
-    def __init__(self, model: CoMeTModel, size: int | None = None) -> None:
-        if size is not None:
-            check_count("size", size, 1)
-        plain = MemoryConfig(chunk_size=2**40, global_memory_size=0, compression_stride=0)
-        own = {
-            name: value
-            for name, value in model.weights.to_dict().items()
-            if name not in ("compression_embedding", "readout_embeddings")
-        }
-        own["layers"] = [
-            {name: value for name, value in layer.items() if not name.endswith("_memory")}
-            for layer in own["layers"]
-        ]
-        self.model = CoMeTModel(dataclasses.replace(model.config, memory=plain), own)
-        self.size = size
+    def __init__(self, model: CoMeTModel, size: int) -> None:
+        self.model, self.size = without_memories(model), check_count("size", size, 1)
 
     def __call__(
         self, ids: Tensor, *, state: LastTokensState | None = None, logits: str = "none"
     ) -> Any:
         """Read on; see `harness.Reader`. Nothing is predicted."""
         joined = ids if state is None else torch.cat([state.ids, ids], dim=1)
-        return _Read(LastTokensState(joined if self.size is None else joined[:, -self.size :]))
+        return _Read(LastTokensState(joined[:, -self.size :]))
 
     def generate(
         self,
@@ -91,7 +102,7 @@ class LastTokens:
         rows = []
         for i, n in enumerate(sizes):
             known = ids[i, :n] if state is None else torch.cat([state.ids[i], ids[i, :n]])
-            rows.append(known if self.size is None else known[-self.size :])
+            rows.append(known[-self.size :])
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         found = [len(row) for row in rows]
         return self.model.generate(padded, None, max_new_tokens, stop_ids, lengths=found)
@@ -154,7 +165,7 @@ def open_reader(kind: str, model: CoMeTModel, budget: int | None = None) -> Any:
     if isinstance(model, Baseline):
         raise ValueError(f"the reader {kind} is of CoMeT's backbone; a baseline reads by itself.")
     if kind == "full":
-        return LastTokens(model)
+        return without_memories(model)
     memory, backbone = model.config.memory, model.config.backbone
     slots = memory.global_memory_size + memory.temporary_memory_size
     size = backbone.num_hidden_layers * slots * backbone.hidden_size
